@@ -1,0 +1,198 @@
+"""Run settings: one frozen dataclass, filled from a TOML file and from flags of the same names."""
+
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from locft.errors import ConfigError
+
+Auto = Literal["auto"]
+
+
+def _setting(
+    default: Any,  # noqa: ANN401
+    help: str,
+    group: str,
+    *,
+    over: float | None = None,
+    least: float | None = None,
+) -> Any:  # noqa: ANN401
+    """Declare a setting with what its flag's help says, and its exclusive or inclusive lower bound."""
+    metadata = {"help": help, "group": group, "over": over, "least": least}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How one edit run is done. Every field is also a flag and a key of a run file.
+
+    Raises:
+        ConfigError: A value has the wrong type or is out of range.
+    """
+
+    location: str = _setting(
+        "70%.mlp.down",
+        "tuning location: LAYER.MODULE or SHARE%%.MODULE, with MODULE one of mlp.down, mlp.up, mlp, "
+        "attn; LAYER alone is the entire layer",
+        "method",
+    )
+    format: Literal["raw", "chat"] = _setting(
+        "raw", "train and score on the plain prompt, or inside the model's chat template", "method"
+    )
+    lr: float | Auto = _setting(
+        "auto", "Adam's learning rate; auto follows the size of the tuned weights", "method", over=0
+    )
+    batch_size: int = _setting(20, "edits per step", "method", over=0)
+    epochs: int | Auto = _setting(
+        "auto", "most passes over all edits; auto gives few edits more passes", "method", over=0
+    )
+    stop_loss: float = _setting(
+        0.01, "stop when an epoch's mean loss is under this; 0 never stops early", "method", least=0
+    )
+    loss_mean: Literal["sample", "token"] = _setting(
+        "sample",
+        "average over each edit's target tokens first (sample) or over all of a batch's (token)",
+        "method",
+    )
+    seed: int = _setting(0, "names the order of the edits in every epoch", "method", least=0)
+    on_conflict: Literal["error", "keep-last", "keep-first"] = _setting(
+        "error", "what to do with edits that contradict each other", "edits"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto",
+        "dtype of the frozen weights; auto is the checkpoint's own (the tuned ones train in float32)",
+        "machine",
+    )
+    device: str = _setting("auto", "auto, cpu, cuda or mps", "machine")
+    eval_batch_size: int = _setting(64, "prompts answered at a time", "machine", over=0)
+    drift_text: str | None = _setting(
+        None, "text (.txt, blank lines between passages, or .jsonl) to measure drift on instead", "scores"
+    )
+    revision: str | None = _setting(None, "branch, tag or commit of a Hugging Face id", "model")
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check(setting, _types()[setting.name], getattr(self, setting.name))
+
+
+def settings() -> tuple[Field[Any], ...]:
+    """Return the settings in order, with their help texts in `metadata`."""
+    return fields(RunConfig)
+
+
+def choices_of(setting: Field[Any]) -> tuple[str, ...] | None:
+    """Return the words that a setting may be; None if it also takes other values."""
+    annotation = _types()[setting.name]
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else None
+
+
+def parse_setting(name: str, text: str) -> Any:  # noqa: ANN401
+    """Turn a flag's text into a setting's value.
+
+    Raises:
+        ConfigError: The text is no value of the setting's type.
+    """
+    value: Any = text
+    for kind in _members(_types()[name]):
+        if kind in (int, float):
+            try:
+                value = kind(text)
+            except ValueError:
+                continue
+            break
+    setting = next(setting for setting in settings() if setting.name == name)
+    _check(setting, _types()[name], value)
+    return value
+
+
+def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
+    """Read a run file.
+
+    Args:
+        path: A TOML file whose keys are names of settings.
+        base: What holds where the file says nothing; the defaults if None.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key is unknown or its value cannot be used.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML file: {error}") from error
+    try:
+        return with_settings(base or RunConfig(), values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Replace some settings.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest known one is named) or a value cannot be used.
+    """
+    known = [setting.name for setting in settings()]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown setting {key!r}: {advice}")
+    # TOML writes 1 for 1.0.
+    exact = {
+        key: float(value) if type(value) is int and int not in _members(_types()[key]) else value
+        for key, value in values.items()
+    }
+    return replace(config, **exact)
+
+
+def to_toml(config: RunConfig) -> str:
+    """Write settings as a run file that `read_config` reads back."""
+    lines = [
+        # JSON's escapes are TOML's, too.
+        f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        for name, value in asdict(config).items()
+        if value is not None
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(RunConfig)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _check(setting: Field[Any], annotation: Any, value: Any) -> None:  # noqa: ANN401
+    expected: list[str] = []
+    for kind in _members(annotation):
+        if typing.get_origin(kind) is Literal:
+            words = typing.get_args(kind)
+            if value in words:
+                return
+            expected.extend(words)
+        elif type(value) is kind:
+            over, least = setting.metadata["over"], setting.metadata["least"]
+            if over is None and least is None:
+                return
+            if math.isfinite(value) and (value > over if least is None else value >= least):
+                return
+            bound = f"over {over}" if least is None else f"of at least {least}"
+            expected.append(f"a {'whole ' if kind is int else ''}number {bound}")
+        elif kind is not type(None):
+            expected.append({int: "a whole number", float: "a number", str: "text"}[kind])
+    raise ConfigError(f"{setting.name} is {value!r}: expected {' or '.join(expected)}")

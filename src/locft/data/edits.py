@@ -1,0 +1,202 @@
+"""Reading and writing edits files."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from locft.data.convert import convert
+from locft.data.formats import Format, choose_format
+from locft.data.problems import Problem, shown
+from locft.data.records import Record, parse_records, unpack_lists
+from locft.errors import EditsError
+from locft.types import Edit
+
+# Longer names are no misspelling of a field's, and difflib takes quadratic time.
+_MAX_FIELD_NAME_CHARS = 40
+
+
+@dataclass(frozen=True)
+class EditFile:
+    """An edits file as it was read.
+
+    Attributes:
+        path: The file.
+        format: Name of the data set shape that it has.
+        edits: All edits without an error of their own, in the order of the file. They are fit
+            for use only if no problem is an error.
+        problems: Everything that is wrong with the file.
+        sha256: Hash of the file's bytes.
+    """
+
+    path: Path
+    format: str
+    edits: tuple[Edit, ...]
+    problems: tuple[Problem, ...]
+    sha256: str
+
+
+def read_edits(path: Path) -> EditFile:
+    """Read an edits file and collect all its problems.
+
+    Args:
+        path: A JSONL, JSON or CSV file, in our own or in a published format.
+
+    Returns:
+        Its edits and its problems.
+
+    Raises:
+        EditsError: The file cannot be read at all, or is of no kind that we know.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EditsError(f"cannot read the edits file {path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the path
+        raise EditsError(f"cannot read the edits file {path}: {error}") from error
+    parsed = parse_records(data, path)
+    problems = list(parsed.problems)
+    records = parsed.records
+    columns = [] if parsed.columns is None else [parsed.columns]
+    form = choose_format(columns or (record.fields for record in records))
+    edits: tuple[Edit, ...] = ()
+    if missing := sorted(form.required.difference(*columns)) if columns else []:
+        problems.append(_missing_columns(missing, columns[0]))
+    else:
+        if columns:
+            records = _unpack(records, form, problems)
+        edits = _convert_all(records, form, problems)
+    if not records and not problems:
+        problems.append(Problem("error", "no-records", "", "the file holds no edits"))
+    problems.extend(_unknown_fields(records, form))
+    problems.extend(_duplicate_ids(edits))
+    return EditFile(
+        path=path,
+        format=form.name,
+        edits=_with_ids(edits),
+        problems=tuple(problems),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def write_edits(path: Path, edits: Iterable[Edit]) -> None:
+    """Write edits as JSONL in our own format.
+
+    Reading the file gives the same edits but for `source`, if they are such as reading gives:
+    with distinct ids and without empty texts.
+
+    Args:
+        path: The file to write; it is replaced if it exists.
+        edits: What to write.
+
+    Raises:
+        EditsError: The file cannot be written, or a text cannot be encoded.
+    """
+    lines = [json.dumps(_record_of(edit), ensure_ascii=False) + "\n" for edit in edits]
+    try:
+        path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    except (OSError, ValueError) as error:
+        raise EditsError(f"cannot write the edits file {path}: {error}") from error
+
+
+def edits_sha256(edits: Iterable[Edit]) -> str:
+    """Hash what edits say, whatever file or format they come from.
+
+    Args:
+        edits: The edits; their order counts, their `source` does not.
+
+    Returns:
+        A SHA-256 in hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for edit in edits:
+        digest.update(json.dumps(_record_of(edit), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _record_of(edit: Edit) -> dict[str, object]:
+    record: dict[str, object] = {
+        "id": edit.id,
+        "prompt": edit.prompt,
+        "target": edit.target,
+        "subject": edit.subject,
+        "rephrases": edit.rephrases,
+        "locality": edit.locality,
+        "old": edit.old,
+    }
+    return {name: value for name, value in record.items() if value not in (None, ())}
+
+
+def _missing_columns(missing: Sequence[str], columns: Sequence[str]) -> Problem:
+    lacking = " and ".join(f"`{name}`" for name in missing)
+    message = (
+        f"the header lacks {lacking}; it has {shown(','.join(columns))}, expected a row of "
+        "comma-separated names such as prompt,target,rephrases,locality"
+    )
+    return Problem("error", "missing-column", "line 1", message)
+
+
+def _unpack(records: Iterable[Record], form: Format, problems: list[Problem]) -> tuple[Record, ...]:
+    unpacked = []
+    for record in records:
+        with_lists, found = unpack_lists(record, form.lists)
+        unpacked.append(with_lists)
+        problems.extend(found)
+    return tuple(unpacked)
+
+
+def _convert_all(
+    records: Iterable[Record], form: Format, problems: list[Problem]
+) -> tuple[Edit, ...]:
+    edits = []
+    for record in records:
+        edit, found = convert(form, record.fields, record.where)
+        problems.extend(found)
+        if edit is not None:
+            edits.append(edit)
+    return tuple(edits)
+
+
+def _unknown_fields(records: Iterable[Record], form: Format) -> list[Problem]:
+    """Report each unknown field once, where it first occurs."""
+    first: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    known = form.known
+    for record in records:
+        for name in record.fields:
+            if name not in known:
+                first.setdefault(name, record.where)
+                counts[name] = counts.get(name, 0) + 1
+    problems = []
+    for name, where in first.items():
+        message = f"unknown field {shown(name)} is ignored"
+        if counts[name] > 1:
+            message += f", here and in {counts[name] - 1:,} more"
+        if len(name) <= _MAX_FIELD_NAME_CHARS and (near := get_close_matches(name, known, n=1)):
+            message += f"; did you mean `{near[0]}`?"
+        problems.append(Problem("warning", "unknown-field", where, message))
+    return problems
+
+
+def _duplicate_ids(edits: Iterable[Edit]) -> list[Problem]:
+    first: dict[str, Edit] = {}
+    problems = []
+    for edit in edits:
+        if edit.id and (other := first.setdefault(edit.id, edit)) is not edit:
+            message = f"the id {shown(edit.id)} is that of {other.source} already"
+            problems.append(Problem("error", "duplicate-id", edit.source, message))
+    return problems
+
+
+def _with_ids(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """Give the edits without an id their position, marked by # where the file uses it too."""
+    taken = {edit.id for edit in edits}
+    named = []
+    for position, edit in enumerate(edits):
+        name = edit.id or str(position)
+        while not edit.id and name in taken:
+            name = f"#{name}"
+        named.append(edit if edit.id else replace(edit, id=name))
+    return tuple(named)

@@ -1,0 +1,194 @@
+"""Turns edits into token ids, and says which of them are target.
+
+Prompt and target are tokenised together, as the model would meet them in running text, and the
+characters decide which tokens are target. The end-of-sequence token is learnt at the target's end.
+"""
+
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from locft.data.lint import Measured
+from locft.errors import EditsError, ModelError
+from locft.types import Edit
+
+PromptFormat = Literal["raw", "chat"]
+
+# How the Unicode names of the letters and punctuation of scripts without spaces begin.
+_UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO")
+_UNSPACED += ("THAI", "LAO ", "KHMER", "MYANMAR", "TIBETAN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One training example.
+
+    Attributes:
+        ids: Token ids of prompt, target and end-of-sequence token.
+        target_start: Index of the first target token; all that follow are target. At least 1.
+    """
+
+    ids: tuple[int, ...]
+    target_start: int
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are target, the end-of-sequence token included."""
+        return len(self.ids) - self.target_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """A tokenizer, and how prompts are put before it. Made by `make_codec`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    format: PromptFormat
+    eos_id: int
+
+    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """Encode a prompt as decoding starts from it."""
+        return self._without_eos(self._tokenize(self._prompt_text(prompt))["input_ids"])
+
+    def encode(self, edit: Edit) -> Encoded:
+        """Encode an edit as one training example.
+
+        Raises:
+            EditsError: The target gives no token, or the prompt none before it.
+        """
+        text = self._prompt_text(edit.prompt)
+        tokens = self._tokenize(join(text, edit.target))
+        ids = self._without_eos(tokens["input_ids"])
+        # A token that straddles the border is target: what it spells can only be learnt whole.
+        # Special tokens that the tokenizer adds in front have the empty span (0, 0).
+        start = next(
+            (
+                index
+                for index, (begin, end) in enumerate(tokens["offset_mapping"][: len(ids)])
+                if end > len(text) or (begin == end and begin >= len(text))
+            ),
+            len(ids),
+        )
+        if start == len(ids) or start == 0:
+            what = "target gives no token" if start else "prompt gives no token before the target"
+            raise EditsError(
+                f"edit {edit.id} ({edit.source}): the {what} in this model's vocabulary"
+            )
+        return Encoded(ids=(*ids, self.eos_id), target_start=start)
+
+    def measure(self, edit: Edit) -> Measured:
+        """Count an edit's tokens for the linter."""
+        prompt = self.prompt_ids(edit.prompt)
+        try:
+            encoded = self.encode(edit)
+        except EditsError:
+            return Measured(
+                num_prompt_tokens=len(prompt), num_target_tokens=0, prompt_is_prefix=True
+            )
+        return Measured(
+            num_prompt_tokens=len(prompt),
+            num_target_tokens=encoded.num_targets,
+            prompt_is_prefix=encoded.ids[: len(prompt)] == prompt,
+        )
+
+    def _prompt_text(self, prompt: str) -> str:
+        if self.format == "raw":
+            return prompt
+        return _render(self.tokenizer, [{"role": "user", "content": prompt}], prompt_only=True)
+
+    def _tokenize(self, text: str) -> Any:  # noqa: ANN401
+        # A chat template writes its own special tokens.
+        return self.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=self.format == "raw"
+        )
+
+    def _without_eos(self, ids: list[int]) -> tuple[int, ...]:
+        """Drop an end-of-sequence token that the tokenizer adds of its own accord."""
+        added = self.format == "raw" and len(ids) > 1 and ids[-1] == self.eos_id
+        return tuple(ids[:-1] if added else ids)
+
+
+def make_codec(
+    tokenizer: PreTrainedTokenizerBase, format: PromptFormat, *, eos_id: int | None = None
+) -> Codec:
+    """Prepare a tokenizer for encoding edits.
+
+    Args:
+        tokenizer: A fast tokenizer (one with character offsets).
+        format: ``raw`` for the plain prompt, ``chat`` for the model's own chat template.
+        eos_id: The end-of-sequence token to learn where the tokenizer names none.
+
+    Returns:
+        The codec. In a chat the end-of-sequence token is the one that the template ends a turn
+        with, which need not be the tokenizer's.
+
+    Raises:
+        ModelError: The model has no end-of-sequence token, or no chat template.
+    """
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else eos_id
+    if format == "chat":
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "this model has no chat template, which --format chat needs: use --format raw"
+            )
+        end_of_turn = _end_of_turn(tokenizer)
+        eos = eos if end_of_turn is None else end_of_turn
+    if eos is None:
+        raise ModelError(
+            "this model is refused: neither its tokenizer nor its configuration names an "
+            "end-of-sequence token, so it cannot learn where a target ends"
+        )
+    return Codec(tokenizer=tokenizer, format=format, eos_id=eos)
+
+
+def join(prompt: str, target: str) -> str:
+    """Join a prompt and its target as running text.
+
+    One space is put between them, unless either brings its own white space or the prompt's script
+    writes without spaces.
+    """
+    if prompt[-1:].isspace() or target[:1].isspace() or _writes_without_spaces(prompt, target):
+        return prompt + target
+    return f"{prompt} {target}"
+
+
+def _writes_without_spaces(prompt: str, target: str) -> bool:
+    last = prompt[-1:]
+    if last and not last.isascii() and _is_unspaced(last):
+        return True
+    letters = (letter for letter in reversed(prompt) if letter.isalpha())
+    letter = next(letters, target[:1])
+    return bool(letter) and _is_unspaced(letter)
+
+
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Find the special token with which the chat template ends an answer; None if it shows none."""
+    question = {"role": "user", "content": "Q"}
+    asked = _render(tokenizer, [question], prompt_only=True)
+    answer = "ANSWER"
+    told = _render(
+        tokenizer, [question, {"role": "assistant", "content": answer}], prompt_only=False
+    )
+    if not told.startswith(asked + answer):
+        return None
+    rest = tokenizer(told[len(asked + answer) :], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return rest[0] if rest and rest[0] in special else None
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt_only: bool
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt_only
+        )
+    except Exception as error:  # a template is code of the model's author: anything may come
+        raise ModelError(f"this model's chat template fails: {error}") from error
+    return str(text)

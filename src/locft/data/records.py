@@ -1,0 +1,243 @@
+"""From the bytes of a JSONL, JSON or CSV file to its records and their places.
+
+Nothing here knows what a record means; `locft.data.formats` does.
+"""
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from locft.data.problems import Problem, kind_of, shown
+from locft.errors import EditsError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file, its fields still as they were written."""
+
+    where: str
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Records:
+    """All records of a file that could be made out.
+
+    Attributes:
+        records: In the order of the file.
+        problems: Why others could not be made out.
+        columns: The header of a CSV file; None for JSONL and JSON.
+    """
+
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
+    columns: tuple[str, ...] | None = None
+
+
+class _MalformedJsonError(Exception):
+    """A text is not JSON; `line` and the message say where and why."""
+
+    def __init__(self, code: str, message: str, line: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.line = line
+
+
+def parse_records(data: bytes, path: Path) -> Records:
+    """Split a file into records.
+
+    Args:
+        data: The contents of the file.
+        path: Its name; the suffix tells the kind of file, else the first character does.
+
+    Returns:
+        The records, and a problem for each part that is none.
+
+    Raises:
+        EditsError: Neither the name nor the contents tell what kind of file it is.
+    """
+    data = data.removeprefix(codecs.BOM_UTF8)
+    match path.suffix.lower():
+        case ".jsonl" | ".ndjson":
+            return _parse_jsonl(data)
+        case ".json":
+            return _parse_json(data)
+        case ".csv":
+            return _parse_csv(data)
+    match data.lstrip()[:1]:
+        case b"[":
+            return _parse_json(data)
+        case b"{" | b"":
+            return _parse_jsonl(data)
+    raise EditsError(
+        f"{path}: cannot tell what kind of file this is; expected a name that ends in .jsonl, "
+        ".json or .csv, or contents that begin with [ (JSON) or { (JSONL)"
+    )
+
+
+def unpack_lists(record: Record, columns: frozenset[str]) -> tuple[Record, list[Problem]]:
+    """Read the cells of a CSV record that hold a JSON list.
+
+    Args:
+        record: A record of a CSV file.
+        columns: The columns in which a cell that starts with ``[`` is a list.
+
+    Returns:
+        The record with its lists, and a problem for each cell that is no valid JSON. Such a cell
+        is left out.
+    """
+    fields: dict[str, object] = {}
+    problems: list[Problem] = []
+    for name, cell in record.fields.items():
+        value = cell
+        if name in columns and isinstance(cell, str) and cell.lstrip().startswith("["):
+            try:
+                value = _load_json(cell)
+            except _MalformedJsonError as error:
+                message = f"`{name}` starts with [ but is no JSON list: {error}"
+                problems.append(Problem("error", error.code, record.where, message))
+                continue
+        fields[name] = value
+    return Record(record.where, fields), problems
+
+
+def _parse_jsonl(data: bytes) -> Records:
+    # Split on the line feed only: a string may hold a raw U+2028 or U+0085, which
+    # str.splitlines takes for the end of a line.
+    items: list[tuple[str, object]] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            items.append((where, _load_json(line.decode())))
+        except UnicodeDecodeError as error:
+            problems.append(_invalid_utf8(error, number))
+        except _MalformedJsonError as error:
+            problems.append(Problem("error", error.code, where, str(error)))
+    return _objects(items, problems)
+
+
+def _parse_json(data: bytes) -> Records:
+    text, problems = _decode(data)
+    if text is None or not text.strip():
+        return Records((), tuple(problems))
+    try:
+        document = _load_json(text)
+    except _MalformedJsonError as error:
+        where = f"line {error.line}"
+        return Records((), (Problem("error", error.code, where, str(error)),))
+    if isinstance(document, dict) and (name := _wrapped_list(document)) is not None:
+        message = (
+            f"the file is an object whose `{name}` holds a list; expected the list itself: "
+            f"jq '.{name}' FILE > edits.json"
+        )
+        return Records((), (Problem("error", "wrapped-list", "", message),))
+    items = document if isinstance(document, list) else [document]
+    return _objects([(f"record [{i}]", item) for i, item in enumerate(items)], problems)
+
+
+def _wrapped_list(document: dict[str, object]) -> str | None:
+    """Name the only field of an object, if it holds a list of objects."""
+    if len(document) != 1:
+        return None
+    [(name, value)] = document.items()
+    wraps = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return name if wraps and name.isidentifier() else None
+
+
+def _parse_csv(data: bytes) -> Records:
+    text, problems = _decode(data)
+    if text is None:
+        return Records((), tuple(problems))
+    columns: tuple[str, ...] | None = None
+    records: list[Record] = []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        number = reader.line_num + 1
+        where = f"line {number}"
+        try:
+            row = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            # Where a quote is left open the rest of the file cannot be told apart.
+            problems.append(Problem("error", "malformed-csv", where, f"malformed CSV: {error}"))
+            break
+        if not any(cell.strip() for cell in row):
+            continue
+        if columns is None:
+            columns = tuple(cell.strip() for cell in row)
+            problems.extend(_repeated_columns(columns, where))
+        elif len(row) == len(columns):
+            records.append(Record(where, dict(zip(columns, row, strict=True))))
+        else:
+            message = (
+                f"{len(row)} cells where the header has {len(columns)}; "
+                "a cell that holds a comma needs quotes"
+            )
+            problems.append(Problem("error", "cell-count", where, message))
+    return Records(tuple(records), tuple(problems), columns)
+
+
+def _repeated_columns(columns: Sequence[str], where: str) -> list[Problem]:
+    repeated = {name for i, name in enumerate(columns) if name in columns[:i]}
+    return [
+        Problem("error", "duplicate-column", where, f"the column {shown(name)} is there twice")
+        for name in sorted(repeated)
+    ]
+
+
+def _decode(data: bytes) -> tuple[str | None, list[Problem]]:
+    """Decode a whole file, or say which of its lines are not UTF-8."""
+    try:
+        return data.decode(), []
+    except UnicodeDecodeError:
+        problems = []
+        for number, line in enumerate(data.split(b"\n"), start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                problems.append(_invalid_utf8(error, number))
+        return None, problems
+
+
+def _invalid_utf8(error: UnicodeDecodeError, line: int) -> Problem:
+    message = (
+        f"not UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line; "
+        "save the file as UTF-8"
+    )
+    return Problem("error", "invalid-utf8", f"line {line}", message)
+
+
+def _load_json(text: str) -> object:
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"malformed JSON at column {error.colno}: {error.msg}"
+        if error.msg == "Extra data" and error.lineno > 1:
+            message += "; if each line is a record of its own, name the file .jsonl"
+        raise _MalformedJsonError("malformed-json", message, error.lineno) from None
+    except RecursionError:
+        raise _MalformedJsonError("too-deep", "JSON nested too deeply to be read", 1) from None
+    except ValueError as error:  # a whole number of more than 4,300 digits
+        raise _MalformedJsonError("malformed-json", f"malformed JSON: {error}", 1) from None
+    return value
+
+
+def _objects(items: Sequence[tuple[str, object]], problems: list[Problem]) -> Records:
+    records: list[Record] = []
+    for where, item in items:
+        if isinstance(item, dict):
+            records.append(Record(where, item))
+        else:
+            message = f"{kind_of(item)}, expected an object with the fields of one edit"
+            if isinstance(item, list):
+                message += "; a file that is one JSON list is named .json"
+            problems.append(Problem("error", "not-an-object", where, message))
+    return Records(tuple(records), tuple(problems))

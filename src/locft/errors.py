@@ -1,0 +1,59 @@
+"""Every error that locft raises on purpose, in one tree.
+
+::
+
+    LocftError                  exit status 1
+    ├── InputError              exit status 2: something the user gave cannot be used
+    │   ├── ConfigError         a setting: unknown key, wrong type, out of range
+    │   ├── EditsError          an edits file; carries all its problems
+    │   ├── LocationError       a tuning location that this model does not have
+    │   ├── ModelError          a model that cannot be loaded, or is refused with its reason
+    │   ├── PatchError          a patch that is damaged, or does not belong to this model
+    │   └── MissingExtraError   an optional dependency is not installed
+    └── TrainingError           training cannot go on (a non-finite loss, gradient or weight)
+
+A message says what is wrong, where, what was expected, and what to do about it.
+"""
+
+
+class LocftError(Exception):
+    """Base of all errors that locft raises on purpose."""
+
+    exit_status = 1
+
+
+class InputError(LocftError):
+    """Something that the user gave cannot be used."""
+
+    exit_status = 2
+
+
+class ConfigError(InputError):
+    """A setting is unknown, has the wrong type or is out of range."""
+
+
+class EditsError(InputError):
+    """An edits file cannot be used; the message lists every problem found."""
+
+
+class LocationError(InputError):
+    """A tuning location does not exist in this model, or its name cannot be read."""
+
+
+class ModelError(InputError):
+    """A model cannot be loaded, or is refused with the reason."""
+
+
+class PatchError(InputError):
+    """A patch is damaged, or does not belong to this model."""
+
+
+class MissingExtraError(InputError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional dependency: pip install 'locft[{extra}]'")
+
+
+class TrainingError(LocftError):
+    """Training cannot go on: a loss, gradient or weight is not finite."""

@@ -1,0 +1,178 @@
+"""Drift: how far an edit moves the model's predictions on text that it has nothing to do with."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from locft.errors import InputError
+from locft.evaluate.metrics import mean_per_token
+from locft.progress import progress
+from locft.types import Figure
+
+Forward = Callable[[Tensor], Tensor]
+PACKAGED = "packaged"
+_TOKENS_PER_PASS = 1024  # bounds the logits: 200 MB over a vocabulary of 50,000
+_LONGEST_PASSAGE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A piece of neutral text and its kind."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeutralText:
+    """Text to measure drift on.
+
+    Attributes:
+        name: ``packaged``, or the file's path.
+        sha256: Hash of the file.
+        passages: Its passages.
+    """
+
+    name: str
+    sha256: str
+    passages: tuple[Passage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far predictions moved.
+
+    Attributes:
+        overall: Mean KL(unedited || edited) in nats per token, over all passages.
+        by_kind: The same for each kind of text.
+        num_tokens: How many predictions were compared.
+    """
+
+    overall: Figure
+    by_kind: dict[str, Figure]
+    num_tokens: int
+
+
+def read_neutral_text(path: str | None) -> NeutralText:
+    """Read the text to measure drift on.
+
+    Args:
+        path: A ``.jsonl`` file of objects with `text` and, if known, `kind`; any other file is
+            plain text with blank lines between passages. None is the text packaged with locft,
+            written for it, of four kinds: encyclopedic, narrative, dialogue, code.
+
+    Returns:
+        The passages.
+
+    Raises:
+        InputError: The file cannot be read or holds no passage.
+    """
+    if path is None:
+        data = resources.files("locft").joinpath("resources/neutral_text.jsonl").read_bytes()
+        name, is_jsonl = PACKAGED, True
+    else:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"drift text {path} cannot be read: {error.strerror}") from error
+        name, is_jsonl = path, path.endswith(".jsonl")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"drift text {path} is not UTF-8: {error.reason}") from error
+    if is_jsonl:
+        passages = [
+            _passage(line, f"{name}: line {number}")
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+    else:
+        blocks = text.replace("\r\n", "\n").split("\n\n")
+        passages = [Passage(kind="text", text=block.strip()) for block in blocks if block.strip()]
+    if not passages:
+        raise InputError(f"drift text {path} holds no passage")
+    return NeutralText(
+        name=name, sha256=hashlib.sha256(data).hexdigest(), passages=tuple(passages)
+    )
+
+
+def measure_drift(
+    unedited: Forward,
+    edited: Forward,
+    tokenizer: PreTrainedTokenizerBase,
+    text: NeutralText,
+    device: torch.device,
+) -> Drift:
+    """Measure KL(unedited || edited) of the next-token distributions, in nats per token.
+
+    Args:
+        unedited: The unedited model's forward, from ids (B, T) to logits (B, T, V).
+        edited: The edited model's forward.
+        tokenizer: The tokenizer of both.
+        text: The passages; each is cut at 1,024 tokens.
+        device: Where the models are.
+
+    Returns:
+        The drift, overall and by kind of text.
+    """
+    encoded = [
+        (passage.kind, tokenizer(passage.text)["input_ids"][:_LONGEST_PASSAGE])
+        for passage in text.passages
+    ]
+    # A first token alone predicts nothing that is there to be predicted.
+    encoded = [(kind, ids) for kind, ids in encoded if len(ids) > 1]
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][1]))
+    sums = [0.0] * len(encoded)
+    with progress("measuring drift", len(order), "passages") as step:
+        while order:
+            longest = len(encoded[order[-1]][1])
+            taken = order[-max(1, _TOKENS_PER_PASS // longest) :]
+            del order[-len(taken) :]
+            rows = [encoded[index][1] for index in taken]
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+            with torch.no_grad():
+                before, after = unedited(ids), edited(ids)
+                for row, index in enumerate(taken):
+                    num = len(rows[row]) - 1
+                    sums[index] = _kl_sum(before[row, :num], after[row, :num])
+            step(len(taken))
+    counts = [len(ids) - 1 for _, ids in encoded]
+    kinds: dict[str, list[int]] = {}
+    for index, (kind, _) in enumerate(encoded):
+        kinds.setdefault(kind, []).append(index)
+    return Drift(
+        overall=mean_per_token(sums, counts),
+        by_kind={
+            kind: mean_per_token([sums[i] for i in members], [counts[i] for i in members])
+            for kind, members in sorted(kinds.items())
+        },
+        num_tokens=sum(counts),
+    )
+
+
+def _kl_sum(before: Tensor, after: Tensor) -> float:
+    """Sum KL(before || after) over positions; both (T, V) logits."""
+    expected = torch.log_softmax(before.float(), dim=-1)
+    got = torch.log_softmax(after.float(), dim=-1)
+    # Rounding may leave a hair under zero.
+    total = torch.nn.functional.kl_div(got, expected, reduction="sum", log_target=True)
+    return max(0.0, float(total))
+
+
+def _passage(line: str, place: str) -> Passage:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"drift text {place}: no JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise InputError(f'drift text {place}: expected an object with a "text"')
+    return Passage(kind=str(record.get("kind", "text")), text=record["text"])
+
+

@@ -1,0 +1,158 @@
+"""Loads models: a Hugging Face id, a local folder, or the embedded model `demo`; safetensors only."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from locft.errors import ModelError
+from locft.model.checkpoints import CheckpointFolder, resolve_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to be edited, asked or scored: in evaluation mode, all frozen.
+
+    Attributes:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+        checkpoint: Where its files are, and what it is called.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: CheckpointFolder
+
+    @property
+    def max_context_tokens(self) -> int | None:
+        """How many tokens the model can read; None if its configuration does not say."""
+        text_config = self.model.config.get_text_config(decoder=True)
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            limit = getattr(text_config, key, None)
+            if isinstance(limit, int) and limit > 0:
+                return limit
+        return None
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device that is there.
+
+    Raises:
+        ModelError: This machine, or this build of torch, has no such device.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
+    kind, _, index = name.partition(":")
+    if not available.get(kind, False) or (index and int(index) >= torch.cuda.device_count()):
+        there = ", ".join(kind for kind, there in available.items() if there)
+        raise ModelError(
+            f"device {name!r} is not available: torch {torch.__version__} sees {there} here"
+        )
+    return torch.device(name)
+
+
+def choose_dtype(name: str, checkpoint_dtype: str) -> torch.dtype:
+    """Choose the dtype that the frozen weights run in.
+
+    ``auto`` is the checkpoint's own; a float16 checkpoint runs in float32, since gradients of
+    float16 activations underflow without loss scaling.
+    """
+    if name == "auto":
+        return torch.bfloat16 if checkpoint_dtype == "bfloat16" else torch.float32
+    return DTYPES[name]
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of a model.
+
+    Raises:
+        ModelError: There is no such model, or its tokenizer cannot be used.
+    """
+    return _load_tokenizer(resolve_checkpoint(name, revision=revision, weights=False))
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Code from the model's repository is never run, and only safetensors files are read.
+
+    Args:
+        name: ``demo``, a local folder, or a Hugging Face id.
+        dtype: ``auto`` (see `choose_dtype`), ``float32`` or ``bfloat16``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        revision: Branch, tag or commit of a Hugging Face id.
+
+    Returns:
+        The model in evaluation mode, frozen, on its device.
+
+    Raises:
+        ModelError: There is no such model, or it is refused with the reason.
+    """
+    target = choose_device(device)
+    checkpoint = resolve_checkpoint(name, revision=revision)
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    _refuse_unusable(name, config)
+    text_config = config.get("text_config") or {}
+    stored = config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
+    tokenizer = _load_tokenizer(checkpoint)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=choose_dtype(dtype, str(stored)),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {name!r} is refused: its files lack {len(missing)} of its weights "
+            f"({missing[0]} is one), which would be made up at random"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    return LoadedModel(model=model.to(target), tokenizer=tokenizer, checkpoint=checkpoint)
+
+
+def _load_tokenizer(checkpoint: CheckpointFolder) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"the tokenizer of model {checkpoint.name!r} cannot be loaded: {_first_line(error)}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model {checkpoint.name!r} is refused: its tokenizer ({type(tokenizer).__name__}) gives "
+            "no character offsets, which decide which tokens belong to a target"
+        )
+    return tokenizer
+
+
+def _refuse_unusable(name: str, config: dict[str, Any]) -> None:
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise ModelError(
+            f"model {name!r} is refused: its weights are quantised ({method}), and an edit needs "
+            "plain ones: take the original checkpoint, or dequantise it (locft convert, for GGUF)"
+        )
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"model {name!r} is refused: it is an encoder-decoder, not a decoder")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

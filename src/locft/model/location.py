@@ -1,0 +1,99 @@
+"""Tuning locations: which matrices of a model are trained (layer x module; the paper's section 4)."""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from transformers import PreTrainedModel
+
+from locft.errors import LocationError
+from locft.model.structure import find_layers, find_parameters
+
+MODULES = ("entire", "attn", "mlp", "mlp.up", "mlp.down")
+_EXPECTED = (
+    "expected a layer, or a share of the depth, and a module: 20.mlp.down, 20.mlp.up, 20.mlp, "
+    "20.attn, 20 (entire layer), 70%.mlp.down"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """A tuning location in a certain model.
+
+    Attributes:
+        name: The name with the layer's index: ``20.mlp.down``; ``20`` for an entire layer.
+        layer: Index of the layer, from 0.
+        module: One of `MODULES`.
+        parameters: Names of the tuned parameters in the model.
+        num_parameters: How many numbers they hold together.
+    """
+
+    name: str
+    layer: int
+    module: str
+    parameters: tuple[str, ...]
+    num_parameters: int
+
+
+def parse_location(name: str, num_layers: int) -> tuple[int, str]:
+    """Read a location's name.
+
+    A share p of the depth N means layer ceil(p N) - 1: 70% is 20 of 30 and 22 of 32, 25% is 6 of
+    28 and 19 of 80, the paper's proportional rule.
+
+    Args:
+        name: For example ``20.mlp.down``, ``70%.mlp.down`` or ``20``.
+        num_layers: How many layers the model has.
+
+    Returns:
+        The layer's index, from 0, and the module, one of `MODULES`.
+
+    Raises:
+        LocationError: The name cannot be read, or the model has no such layer.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%(?:\.(.+))?|(\d+)(?:\.(.+))?", name.strip(), re.ASCII)
+    if match is None:
+        raise LocationError(f"location {name!r} cannot be read: {_EXPECTED}")
+    share, module_of_share, index, module_of_index = match.groups()
+    module = module_of_share or module_of_index or "entire"
+    if module not in MODULES:
+        raise LocationError(f"location {name!r} has an unknown module {module!r}: {_EXPECTED}")
+    if share is not None:
+        depth = Fraction(share) / 100
+        if not 0 < depth <= 1:
+            raise LocationError(f"location {name!r}: the depth must be over 0% and at most 100%")
+        return math.ceil(depth * num_layers) - 1, module
+    layer = int(index)
+    if layer >= num_layers:
+        raise LocationError(
+            f"location {name!r}: the model has {num_layers} layers, 0 to {num_layers - 1}"
+        )
+    return layer, module
+
+
+def resolve_location(model: PreTrainedModel, name: str) -> Location:
+    """Find the parameters of a tuning location in a model.
+
+    Args:
+        model: A causal language model.
+        name: The location's name, as `parse_location` reads it.
+
+    Returns:
+        The location, with the names of its parameters.
+
+    Raises:
+        LocationError: The name cannot be read, or the model has no such part.
+        ModelError: The model's layers cannot be found.
+    """
+    layers = find_layers(model)
+    layer, module = parse_location(name, len(layers))
+    parameters = find_parameters(layers, layer, module)
+    num_parameters = sum(model.get_parameter(parameter).numel() for parameter in parameters)
+    return Location(
+        name=str(layer) if module == "entire" else f"{layer}.{module}",
+        layer=layer,
+        module=module,
+        parameters=parameters,
+        num_parameters=num_parameters,
+    )

@@ -1,0 +1,178 @@
+"""Splits a model at a layer into a frozen prefix, run once, and a tail, run at every step.
+
+Layers below the tuned one never change, so what they hand on is a constant. The tail is the model's
+own forward, in which the layers below pass their input through and the cached state is put in where
+the tuned layer receives its input: masks, positions and soft-caps stay the model's own, in every
+family. The head sees only the positions whose logits are asked for: over a vocabulary of 50,000 to
+250,000 tokens that is most of its cost.
+
+Shapes: B batch, T tokens, D width, M asked positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from locft.errors import ModelError
+from locft.model.structure import Layers, find_layers
+
+Tail = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_PROBE_LENGTHS = (11, 7)  # two rows of unequal length, so that right padding is probed too
+
+
+class _PrefixDoneError(Exception):
+    """Ends a forward pass as soon as the hidden states are at hand."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model, split at a layer. Made by `split_model`, which proves that the split is exact."""
+
+    model: PreTrainedModel
+    layers: Layers
+    layer: int
+    tuple_lengths: tuple[int, ...]  # per layer: how long a tuple it returns; 0 for a bare tensor
+
+    def prefix(self, ids: Tensor) -> Tensor:
+        """Run the layers below the split.
+
+        Args:
+            ids: (B, T) token ids, right-padded with any id.
+
+        Returns:
+            (B, T, D) the hidden states that enter the split's layer, detached.
+        """
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept.append((args[0] if args else kwargs["hidden_states"]).detach())
+            raise _PrefixDoneError
+
+        handle = self.layers.modules[self.layer].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, use_cache=False)
+        except _PrefixDoneError:
+            pass
+        finally:
+            handle.remove()
+        return kept[0]
+
+    @contextmanager
+    def tail(self) -> Iterator[Tail]:
+        """Turn the model into its tail while the body runs.
+
+        Yields:
+            A function of ids (B, T), hidden states (B, T, D) from `prefix`, and the rows (M,) and
+            columns (M,) of the positions to predict from, that returns their logits (M, V).
+        """
+        state: dict[str, Tensor] = {}
+
+        def put_in(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (state["hidden"], *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": state["hidden"]}
+
+        def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][state["rows"], state["columns"]].unsqueeze(0), *args[1:])
+
+        def run(ids: Tensor, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+            state.update(hidden=hidden, rows=rows, columns=columns)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return logits[0]
+
+        with ExitStack() as undo:
+            for layer, length in zip(
+                self.layers.modules[: self.layer], self.tuple_lengths, strict=False
+            ):
+                layer.forward = _pass_through(length)
+                undo.callback(delattr, layer, "forward")
+            tuned = self.layers.modules[self.layer]
+            handle = tuned.register_forward_pre_hook(put_in, with_kwargs=True)
+            undo.callback(handle.remove)
+            head = self.model.get_output_embeddings()
+            undo.callback(head.register_forward_pre_hook(gather).remove)
+            try:
+                yield run
+            finally:
+                state.clear()
+
+
+def split_model(model: PreTrainedModel, layer: int) -> Split:
+    """Split a model at a layer and prove on a probe that its tail equals its full forward.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        layer: Index of the first layer of the tail, from 0.
+
+    Returns:
+        The split.
+
+    Raises:
+        ModelError: The model is refused: a layer does not run exactly once, there is no output
+            head, right padding changes the logits, or the tail does not equal the full forward.
+    """
+    layers = find_layers(model)
+    name = type(model).__name__
+    if not isinstance(model.get_output_embeddings(), nn.Module):
+        raise ModelError(f"{name} is refused: it has no output head over its vocabulary")
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    longest, shorter = _PROBE_LENGTHS
+    # Two rows of spread ids that every vocabulary has; the second row's end is padding.
+    ids = (torch.arange(2 * longest, device=device) * 7 + 5).remainder(vocabulary).view(2, longest)
+    returned: list[list[int]] = [[] for _ in layers.modules]
+
+    def watch(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def note(_: nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401
+            returned[index].append(len(output) if isinstance(output, tuple) else 0)
+
+        return note
+
+    with ExitStack() as undo, torch.no_grad():
+        for index, module in enumerate(layers.modules):
+            undo.callback(module.register_forward_hook(watch(index)).remove)
+        full = model(input_ids=ids, use_cache=False).logits
+        alone = model(input_ids=ids[1:, :shorter], use_cache=False).logits
+    runs = {len(lengths) for lengths in returned}
+    if runs != {2}:
+        raise ModelError(
+            f"{name} is refused: its layers ({layers.prefix}) do not each run exactly once in a pass"
+        )
+    split = Split(model, layers, layer, tuple(lengths[0] for lengths in returned))
+    rows = torch.tensor([0, 0, 1], device=device)
+    columns = torch.tensor([1, longest - 1, shorter - 1], device=device)
+    with torch.no_grad():
+        hidden = split.prefix(ids)
+        with split.tail() as tail:
+            logits = tail(ids, hidden, rows, columns)
+    scale = full.abs().max().item()
+    # Same batch, same kernels: equal but for the head's different number of rows.
+    tolerance = (1e-5 if full.dtype == torch.float32 else 2e-2) * scale
+    _refuse_unless_close(name, "its tail does not equal its full forward", logits, full[rows, columns], tolerance)
+    _refuse_unless_close(name, "right padding changes its logits", alone[0, -1], full[1, shorter - 1], 10 * tolerance)
+    return split
+
+
+def _pass_through(tuple_length: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
+
+    return forward
+
+
+def _refuse_unless_close(name: str, reason: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+    difference = (got.float() - expected.float()).abs().max().item()
+    if not difference <= tolerance:  # also true for NaN
+        raise ModelError(
+            f"{name} is refused: {reason} on a probe (largest difference {difference:.3g}, "
+            f"at most {tolerance:.3g} expected)"
+        )

@@ -1,0 +1,64 @@
+"""The central types, shared by every part of the package."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One fact to write into a model: `prompt` shall be answered with `target`.
+
+    Attributes:
+        id: Unique within its file; the record's position where the file names none.
+        prompt: The text that the model is given.
+        target: The answer that it shall give, without end-of-sequence token.
+        subject: What the fact is about, if the file says so.
+        rephrases: Other wordings of `prompt`; they measure generalization.
+        locality: Prompts whose answers shall stay as they are; they measure locality.
+        old: The answer before the edit, if the file says so.
+        source: Where the edit stands: ``line 3`` (JSONL, CSV) or ``record [2]`` (JSON).
+    """
+
+    id: str
+    prompt: str
+    target: str
+    subject: str | None = None
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[str, ...] = ()
+    old: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A measured value with its count and its 95% interval.
+
+    Attributes:
+        value: The measurement: a share from 0 to 1, or nats per token for drift; None if not measured.
+        num: How many items it was measured on (prompts; passages for drift).
+        low: Lower end of the 95% interval.
+        high: Upper end of the 95% interval.
+        reason: Why `value` is None, or what it holds by definition; None for a plain measurement.
+    """
+
+    value: float | None
+    num: int
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What one model scores on one set of edits, all edits being in.
+
+    Attributes:
+        reliability: Share of prompts answered with the target.
+        generalization: Share of rephrases answered with the target.
+        locality: Share of locality prompts answered as the unedited model answers them.
+        drift: KL(unedited || edited) on neutral text, in nats per token.
+    """
+
+    reliability: Figure
+    generalization: Figure
+    locality: Figure
+    drift: Figure
