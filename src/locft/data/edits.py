@@ -10,7 +10,7 @@ from pathlib import Path
 from locft.data.convert import convert
 from locft.data.formats import Format, choose_format
 from locft.data.problems import Problem, shown
-from locft.data.records import Record, parse_records, unpack_lists
+from locft.data.records import Record, Records, parse_records, unpack_lists
 from locft.errors import EditsError
 from locft.types import Edit
 
@@ -57,20 +57,15 @@ def read_edits(path: Path) -> EditFile:
     except ValueError as error:  # a NUL in the path
         raise EditsError(f"cannot read the edits file {path}: {error}") from error
     parsed = parse_records(data, path)
-    problems = list(parsed.problems)
-    records = parsed.records
-    columns = [] if parsed.columns is None else [parsed.columns]
-    form = choose_format(columns or (record.fields for record in records))
-    edits: tuple[Edit, ...] = ()
-    if missing := sorted(form.required.difference(*columns)) if columns else []:
-        problems.append(_missing_columns(missing, columns[0]))
+    if parsed.columns is None:
+        form = choose_format(record.fields for record in parsed.records)
     else:
-        if columns:
-            records = _unpack(records, form, problems)
-        edits = _convert_all(records, form, problems)
-    if not records and not problems:
+        form = choose_format([parsed.columns])
+    edits, found = _convert_all(parsed, form)
+    problems = [*parsed.problems, *found]
+    if not parsed.records and not problems:
         problems.append(Problem("error", "no-records", "", "the file holds no edits"))
-    problems.extend(_unknown_fields(records, form))
+    problems.extend(_unknown_fields(parsed.records, form))
     problems.extend(_duplicate_ids(edits))
     return EditFile(
         path=path,
@@ -129,8 +124,24 @@ def _record_of(edit: Edit) -> dict[str, object]:
     return {name: value for name, value in record.items() if value not in (None, ())}
 
 
-def _missing_columns(missing: Sequence[str], columns: Sequence[str]) -> Problem:
-    lacking = " and ".join(f"`{name}`" for name in missing)
+def _convert_all(parsed: Records, form: Format) -> tuple[list[Edit], list[Problem]]:
+    columns = parsed.columns
+    if columns is not None and (missing := form.required.difference(columns)):
+        # Said once: every record lacks the same fields.
+        return [], [_missing_columns(missing, columns)]
+    edits: list[Edit] = []
+    problems: list[Problem] = []
+    for record in parsed.records:
+        unpacked, unreadable = unpack_lists(record, form.lists) if columns else (record, [])
+        edit, unusable = convert(form, unpacked.fields, record.where)
+        problems += unreadable + unusable
+        if edit is not None and not unreadable:
+            edits.append(edit)
+    return edits, problems
+
+
+def _missing_columns(missing: Iterable[str], columns: Iterable[str]) -> Problem:
+    lacking = " and ".join(f"`{name}`" for name in sorted(missing))
     message = (
         f"the header lacks {lacking}; it has {shown(','.join(columns))}, expected a row of "
         "comma-separated names such as prompt,target,rephrases,locality"
@@ -138,32 +149,11 @@ def _missing_columns(missing: Sequence[str], columns: Sequence[str]) -> Problem:
     return Problem("error", "missing-column", "line 1", message)
 
 
-def _unpack(records: Iterable[Record], form: Format, problems: list[Problem]) -> tuple[Record, ...]:
-    unpacked = []
-    for record in records:
-        with_lists, found = unpack_lists(record, form.lists)
-        unpacked.append(with_lists)
-        problems.extend(found)
-    return tuple(unpacked)
-
-
-def _convert_all(
-    records: Iterable[Record], form: Format, problems: list[Problem]
-) -> tuple[Edit, ...]:
-    edits = []
-    for record in records:
-        edit, found = convert(form, record.fields, record.where)
-        problems.extend(found)
-        if edit is not None:
-            edits.append(edit)
-    return tuple(edits)
-
-
 def _unknown_fields(records: Iterable[Record], form: Format) -> list[Problem]:
     """Report each unknown field once, where it first occurs."""
     first: dict[str, str] = {}
     counts: dict[str, int] = {}
-    known = form.known
+    known = sorted(form.known)
     for record in records:
         for name in record.fields:
             if name not in known:

@@ -100,7 +100,7 @@ def _repetitions(edits: Iterable[Edit]) -> Iterator[Problem]:
         earlier = seen.setdefault(collapse_spaces(edit.prompt), {})
         if (same := earlier.get(answer)) is not None:
             message = f"repeats {_place(same)}, prompt and target: this edit weighs double"
-            yield Problem("warning", "duplicate", edit.source, message)
+            yield Problem("warning", "duplicate", _place(edit), message)
             continue
         if earlier:
             first = next(iter(earlier.values()))
@@ -109,7 +109,7 @@ def _repetitions(edits: Iterable[Edit]) -> Iterator[Problem]:
                 f"{shown(first.target)} there and {shown(edit.target)} here; remove one, or "
                 "choose with --on-conflict keep-last|keep-first"
             )
-            yield Problem("error", "contradiction", edit.source, message)
+            yield Problem("error", "contradiction", _place(edit), message)
         earlier[answer] = edit
 
 
@@ -125,17 +125,17 @@ def _check_texts(edit: Edit) -> Iterator[Problem]:
             f"the target {shown(edit.target)} has nothing left to compare once case, punctuation "
             "and articles are gone"
         )
-        yield Problem("warning", "unmatchable-target", edit.source, message)
+        yield Problem("warning", "unmatchable-target", _place(edit), message)
     elif normalise(cut) != answer:
         message = (
             f"no answer can match the target {shown(edit.target)}: scoring cuts answers at the "
             f'first "." or line break, here to {shown(cut)}'
         )
-        yield Problem("warning", "unmatchable-target", edit.source, message)
+        yield Problem("warning", "unmatchable-target", _place(edit), message)
     prompt = collapse_spaces(edit.prompt)
     if any(collapse_spaces(rephrase) == prompt for rephrase in edit.rephrases):
         message = "a rephrase is the prompt itself, so it does not measure generalization"
-        yield Problem("warning", "rephrase-equals-prompt", edit.source, message)
+        yield Problem("warning", "rephrase-equals-prompt", _place(edit), message)
 
 
 def _check_tokens(
@@ -147,19 +147,19 @@ def _check_tokens(
         message = (
             f"prompt and target have {num_tokens:,} tokens, the model takes {max_context_tokens:,}"
         )
-        yield Problem("error", "prompt-too-long", edit.source, message)
+        yield Problem("error", "prompt-too-long", _place(edit), message)
     if num_target == 0:
         message = f"the target {shown(edit.target)} has no tokens of its own, nothing to learn"
-        yield Problem("error", "target-no-tokens", edit.source, message)
+        yield Problem("error", "target-no-tokens", _place(edit), message)
     if num_target > max_answer_tokens:
         message = (
             f"no answer can match the target: it has {num_target:,} tokens, scoring decodes "
             f"{max_answer_tokens:,}"
         )
-        yield Problem("warning", "target-too-long", edit.source, message)
+        yield Problem("warning", "target-too-long", _place(edit), message)
     if not measured.prompt_is_prefix:
         message = (
             "the target changes how the prompt's last characters are split into tokens, but "
             "decoding starts from the prompt alone; end the prompt at a word boundary"
         )
-        yield Problem("warning", "boundary", edit.source, message)
+        yield Problem("warning", "boundary", _place(edit), message)

@@ -1,7 +1,7 @@
 """Apply a patch: a checkpoint and a patch give a checkpoint that plain transformers loads."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from locft.checkpoint import (
@@ -75,13 +75,14 @@ def apply_patch(
     _check_base(checkpoint, entries, patch)
 
     with staged_folder(output) as staging:
-        needed, free = output_bytes(checkpoint), shutil.disk_usage(staging).free
+        files = _list_files(checkpoint, entries)
+        needed, free = _count_bytes(files), shutil.disk_usage(staging).free
         if needed > free:
             raise InputError(
                 f"{output}: not enough disk space: {needed / 1e9:.2f} GB needed,"
                 f" {free / 1e9:.2f} GB free"
             )
-        for file in _list_files(checkpoint, entries):
+        for file in files:
             copy = staging / file.relative_to(checkpoint)
             copy.parent.mkdir(exist_ok=True)
             _copy_file(file, copy, progress)
@@ -104,7 +105,10 @@ def output_bytes(checkpoint: Path) -> int:
     Raises:
         ModelError: The checkpoint is damaged, or has no safetensors weights.
     """
-    files = _list_files(checkpoint, read_checkpoint(checkpoint))
+    return _count_bytes(_list_files(checkpoint, read_checkpoint(checkpoint)))
+
+
+def _count_bytes(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 

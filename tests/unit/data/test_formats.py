@@ -249,7 +249,9 @@ def test_one_record_with_a_missing_field_does_not_change_the_format_of_a_file(
     tmp_path: Path,
 ) -> None:
     partial = {name: value for name, value in COUNTERFACT.items() if name != "ground_truth"}
-    path = write_json(tmp_path, [partial | {"case_id": 1}, COUNTERFACT, COUNTERFACT | {"case_id": 2}])
+    path = write_json(
+        tmp_path, [partial | {"case_id": 1}, COUNTERFACT, COUNTERFACT | {"case_id": 2}]
+    )
     edit_file = read_edits(path)
     assert edit_file.format == "counterfact"
     assert edit_file.problems == ()

@@ -1,0 +1,50 @@
+"""locft: edit facts inside language models by fine-tuning done right, and prove what it did.
+
+The public names are loaded when they are first used, so that `import locft`, and the commands that
+only copy or check files, need neither torch nor transformers.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from locft.config import RunConfig as RunConfig
+    from locft.data.edits import read_edits as read_edits
+    from locft.errors import InputError as InputError
+    from locft.errors import LocftError as LocftError
+    from locft.errors import TrainingError as TrainingError
+    from locft.patch.apply import apply_patch as apply_patch
+    from locft.patch.format import read_patch as read_patch
+    from locft.recipe import ask as ask
+    from locft.recipe import edit as edit
+    from locft.recipe import evaluate as evaluate
+    from locft.types import Edit as Edit
+    from locft.types import Figure as Figure
+    from locft.types import Scores as Scores
+
+__version__ = version("locft")
+
+_HOME = {
+    "Edit": "locft.types",
+    "Figure": "locft.types",
+    "InputError": "locft.errors",
+    "LocftError": "locft.errors",
+    "RunConfig": "locft.config",
+    "Scores": "locft.types",
+    "TrainingError": "locft.errors",
+    "apply_patch": "locft.patch.apply",
+    "ask": "locft.recipe",
+    "edit": "locft.recipe",
+    "evaluate": "locft.recipe",
+    "read_edits": "locft.data.edits",
+    "read_patch": "locft.patch.format",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOME:
+        raise AttributeError(f"module 'locft' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,62 @@
+"""How figures are worded, the same in every report and on the terminal."""
+
+from locft.types import Figure, Scores
+
+SCORE_NAMES = ("reliability", "generalization", "locality", "drift")
+MEANINGS = {
+    "reliability": "prompts answered with the target",
+    "generalization": "rephrases answered with the target",
+    "locality": "other prompts answered as before the edit",
+    "drift": "change of predictions on neutral text, nats per token",
+}
+
+
+def figure_text(name: str, figure: Figure) -> str:
+    """Word a figure with its interval and count: ``97.0% [93.6, 98.6] of 200``."""
+    if figure.value is None or figure.low is None or figure.high is None:
+        return f"not measured ({figure.reason})" if figure.reason else "not measured"
+    if name == "drift":
+        if figure.value == 0 and figure.reason:
+            return "0 by definition"
+        return (
+            f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}], {figure.num:,} passages"
+        )
+    if figure.reason:
+        return f"{100 * figure.value:.0f}% by definition"
+    return (
+        f"{100 * figure.value:.1f}% [{100 * figure.low:.1f}, {100 * figure.high:.1f}] "
+        f"of {figure.num:,}"
+    )
+
+
+def verdict(scores: Scores, num_edits: int) -> str:
+    """Say in one line what the edits did, the harm as plainly as the success."""
+    taken = round((scores.reliability.value or 0) * scores.reliability.num)
+    parts = [f"{taken:,} of {num_edits:,} edits took"]
+    if scores.generalization.value is not None:
+        parts.append(f"{100 * scores.generalization.value:.0f}% of rephrases follow")
+    if scores.locality.value is not None:
+        parts.append(f"{100 * (1 - scores.locality.value):.0f}% of other prompts are answered differently")
+    if scores.drift.value is not None:
+        parts.append(f"predictions on neutral text moved by {scores.drift.value:.3f} nats per token")
+    return "; ".join(parts) + "."
+
+
+def bytes_text(num: int) -> str:
+    """Word a size: ``3.5 MB``."""
+    size = float(num)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Word a duration: ``2.1 s``, ``3 min 05 s``, ``1 h 02 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
