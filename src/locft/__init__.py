@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from locft.errors import TrainingError as TrainingError
     from locft.patch.apply import apply_patch as apply_patch
     from locft.patch.format import read_patch as read_patch
-    from locft.recipe import ask as ask
-    from locft.recipe import edit as edit
-    from locft.recipe import evaluate as evaluate
+    from locft.recipe.edit import edit as edit
+    from locft.recipe.inquiry import ask as ask
+    from locft.recipe.inquiry import evaluate as evaluate
     from locft.types import Edit as Edit
     from locft.types import Figure as Figure
     from locft.types import Scores as Scores
@@ -34,17 +34,17 @@ _HOME = {
     "Scores": "locft.types",
     "TrainingError": "locft.errors",
     "apply_patch": "locft.patch.apply",
-    "ask": "locft.recipe",
-    "edit": "locft.recipe",
-    "evaluate": "locft.recipe",
+    "ask": "locft.recipe.inquiry",
+    "edit": "locft.recipe.edit",
+    "evaluate": "locft.recipe.inquiry",
     "read_edits": "locft.data.edits",
     "read_patch": "locft.patch.format",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOME), "__version__"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'locft' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

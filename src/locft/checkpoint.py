@@ -119,8 +119,7 @@ def read_checkpoint(folder: Path) -> dict[str, TensorEntry]:
             # transformers loads whole shards, so the last copy would win, whatever the index says.
             if name in entries:
                 raise ModelError(
-                    f"{folder}: tensor {name!r} is in two shards,"
-                    f" {entries[name].file.name} and {shard}"
+                    f"{folder}: tensor {name!r} is in two shards, {entries[name].file.name} and {shard}"
                 )
             entries[name] = entry
     for name, shard in weight_map.items():
@@ -202,9 +201,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _parse_entry(
-    path: Path, name: str, record: object, data_start: int, file_size: int
-) -> TensorEntry:
+def _parse_entry(path: Path, name: str, record: object, data_start: int, file_size: int) -> TensorEntry:
     def damaged(what: str) -> ModelError:
         return ModelError(f"{path}: tensor {name!r}: {what}")
 
@@ -216,9 +213,7 @@ def _parse_entry(
         raise damaged("expected an object")
     dtype, shape, offsets = (record.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
-        raise damaged(
-            f"'dtype': expected one of {', '.join(_DTYPE_BITS)}, found {reprlib.repr(dtype)}"
-        )
+        raise damaged(f"'dtype': expected one of {', '.join(_DTYPE_BITS)}, found {reprlib.repr(dtype)}")
     if not is_whole_numbers(shape):
         raise damaged(f"'shape': expected a list of whole numbers, found {reprlib.repr(shape)}")
     if not is_whole_numbers(offsets) or len(offsets) != 2:
@@ -326,9 +321,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         ValueError: `raw` is anything else; says what.
     """
     try:
-        value = json.loads(
-            raw.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-        )
+        value = json.loads(raw.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("JSON is nested too deeply") from None
     if not isinstance(value, dict):

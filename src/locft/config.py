@@ -17,13 +17,13 @@ Auto = Literal["auto"]
 
 
 def _setting(
-    default: Any,  # noqa: ANN401
+    default: Any,
     help: str,
     group: str,
     *,
     over: float | None = None,
     least: float | None = None,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Declare a setting with what its flag's help says, and its exclusive or inclusive lower bound."""
     metadata = {"help": help, "group": group, "over": over, "least": least}
     return field(default=default, metadata=metadata)
@@ -73,7 +73,9 @@ class RunConfig:
     device: str = _setting("auto", "auto, cpu, cuda or mps", "machine")
     eval_batch_size: int = _setting(64, "prompts answered at a time", "machine", over=0)
     drift_text: str | None = _setting(
-        None, "text (.txt, blank lines between passages, or .jsonl) to measure drift on instead", "scores"
+        None,
+        "text (.txt, blank lines between passages, or .jsonl) to measure drift on instead",
+        "scores",
     )
     revision: str | None = _setting(None, "branch, tag or commit of a Hugging Face id", "model")
 
@@ -93,7 +95,7 @@ def choices_of(setting: Field[Any]) -> tuple[str, ...] | None:
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else None
 
 
-def parse_setting(name: str, text: str) -> Any:  # noqa: ANN401
+def parse_setting(name: str, text: str) -> Any:
     """Turn a flag's text into a setting's value.
 
     Raises:
@@ -172,12 +174,12 @@ def _types() -> dict[str, Any]:
     return typing.get_type_hints(RunConfig)
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:  # noqa: ANN401
+def _members(annotation: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _check(setting: Field[Any], annotation: Any, value: Any) -> None:  # noqa: ANN401
+def _check(setting: Field[Any], annotation: Any, value: Any) -> None:
     expected: list[str] = []
     for kind in _members(annotation):
         if typing.get_origin(kind) is Literal:

@@ -1,4 +1,4 @@
-"""Progress that a person can read: a bar with rate and time left, silent where stderr is no terminal."""
+"""Progress that a person can read: a bar with rate and time left; silent where stderr is piped."""
 
 import sys
 from collections.abc import Iterator
@@ -23,31 +23,34 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s")
 
 
+def _ignore(units: int = 1, note: str = "") -> None:
+    """Advance nothing."""
+
+
 @contextmanager
-def progress(label: str, total: int | None, unit: str) -> Iterator[Step]:
+def progress(label: str, total: int, unit: str) -> Iterator[Step]:
     """Show a progress bar on stderr while the body runs, if stderr is a terminal.
 
     Args:
         label: What is being done.
-        total: How many units there are; None if unknown.
+        total: How many units there are.
         unit: What a unit is, in the plural ("edits", "bytes").
 
     Yields:
         A function to call as units are done.
     """
     if not sys.stderr.isatty():
-        yield lambda units=1, note="": None
+        yield _ignore
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}" if total is not None else "{task.completed:,.0f}"),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
         _Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, unit=unit, note="")
 
         def step(units: int = 1, note: str = "") -> None:

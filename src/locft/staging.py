@@ -27,7 +27,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
             be written to.
     """
     target = target.resolve()
-    _refuse_taken(target)
+    refuse_taken(target)
     # Not tempfile.mkdtemp: it makes folders that only their owner can enter.
     staging = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -40,14 +40,19 @@ def staged_folder(target: Path) -> Iterator[Path]:
         try:
             staging.rename(target)
         except OSError:
-            _refuse_taken(target)
+            refuse_taken(target)
             raise
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _refuse_taken(target: Path) -> None:
+def refuse_taken(target: Path) -> None:
+    """Refuse a folder that something stands in already.
+
+    Raises:
+        InputError: `target` exists, and is no empty folder.
+    """
     if target.is_dir():
         if any(target.iterdir()):
             raise InputError(

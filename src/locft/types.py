@@ -33,7 +33,7 @@ class Figure:
     """A measured value with its count and its 95% interval.
 
     Attributes:
-        value: The measurement: a share from 0 to 1, or nats per token for drift; None if not measured.
+        value: A share from 0 to 1, or nats per token for drift; None if not measured.
         num: How many items it was measured on (prompts; passages for drift).
         low: Lower end of the 95% interval.
         high: Upper end of the 95% interval.

@@ -56,9 +56,7 @@ def tensors(draw: st.DrawFn) -> TensorData:
     return TensorData(dtype, shape, draw(st.binary(min_size=size, max_size=size)))
 
 
-names = st.text(st.characters(exclude_categories=["Cs"])).filter(
-    lambda name: name != "__metadata__"
-)
+names = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda name: name != "__metadata__")
 
 
 def library_bytes(tensors: dict[str, TensorData]) -> bytes:
@@ -80,9 +78,7 @@ def file_bytes(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def entry(
-    dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)
-) -> dict[str, object]:
+def entry(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 

@@ -115,9 +115,7 @@ def test_target_taken_meanwhile_is_refused_and_kept(tmp_path: Path, taken_by: st
     assert theirs.read_text() == "theirs"
 
 
-def test_failing_rename_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_rename_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise OSError("no")
 

@@ -1,0 +1,1 @@
+"""Edits: read, checked, and turned into token ids."""

@@ -11,9 +11,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def convert(
-    form: Format, record: Mapping[str, object], where: str
-) -> tuple[Edit | None, list[Problem]]:
+def convert(form: Format, record: Mapping[str, object], where: str) -> tuple[Edit | None, list[Problem]]:
     """Turn a record into an edit.
 
     Args:

@@ -5,7 +5,6 @@ characters decide which tokens are target. The end-of-sequence token is learnt a
 """
 
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,9 +72,7 @@ class Codec:
         )
         if start == len(ids) or start == 0:
             what = "target gives no token" if start else "prompt gives no token before the target"
-            raise EditsError(
-                f"edit {edit.id} ({edit.source}): the {what} in this model's vocabulary"
-            )
+            raise EditsError(f"edit {edit.id} ({edit.source}): the {what} in this model's vocabulary")
         return Encoded(ids=(*ids, self.eos_id), target_start=start)
 
     def measure(self, edit: Edit) -> Measured:
@@ -84,9 +81,7 @@ class Codec:
         try:
             encoded = self.encode(edit)
         except EditsError:
-            return Measured(
-                num_prompt_tokens=len(prompt), num_target_tokens=0, prompt_is_prefix=True
-            )
+            return Measured(num_prompt_tokens=len(prompt), num_target_tokens=0, prompt_is_prefix=True)
         return Measured(
             num_prompt_tokens=len(prompt),
             num_target_tokens=encoded.num_targets,
@@ -98,11 +93,9 @@ class Codec:
             return prompt
         return _render(self.tokenizer, [{"role": "user", "content": prompt}], prompt_only=True)
 
-    def _tokenize(self, text: str) -> Any:  # noqa: ANN401
+    def _tokenize(self, text: str) -> Any:
         # A chat template writes its own special tokens.
-        return self.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=self.format == "raw"
-        )
+        return self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=self.format == "raw")
 
     def _without_eos(self, ids: list[int]) -> tuple[int, ...]:
         """Drop an end-of-sequence token that the tokenizer adds of its own accord."""
@@ -172,9 +165,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     question = {"role": "user", "content": "Q"}
     asked = _render(tokenizer, [question], prompt_only=True)
     answer = "ANSWER"
-    told = _render(
-        tokenizer, [question, {"role": "assistant", "content": answer}], prompt_only=False
-    )
+    told = _render(tokenizer, [question, {"role": "assistant", "content": answer}], prompt_only=False)
     if not told.startswith(asked + answer):
         return None
     rest = tokenizer(told[len(asked + answer) :], add_special_tokens=False)["input_ids"]
@@ -186,9 +177,7 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt_only: bool
 ) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt_only
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt_only)
     except Exception as error:  # a template is code of the model's author: anything may come
         raise ModelError(f"this model's chat template fails: {error}") from error
     return str(text)

@@ -129,9 +129,7 @@ FORMATS: tuple[Format, ...] = (
         rephrases=("rephrase_prompt",),
         locality="locality_prompt",
         marks=frozenset({"locality_prompt"}),
-        ignored=frozenset(
-            {"locality_ground_truth", "mhop", "mhop_ans", "personas", "tag", "update"}
-        ),
+        ignored=frozenset({"locality_ground_truth", "mhop", "mhop_ans", "personas", "tag", "update"}),
     ),
     Format(
         name="knowedit",

@@ -144,9 +144,7 @@ def _check_tokens(
     num_target = measured.num_target_tokens
     num_tokens = measured.num_prompt_tokens + num_target
     if max_context_tokens is not None and num_tokens > max_context_tokens:
-        message = (
-            f"prompt and target have {num_tokens:,} tokens, the model takes {max_context_tokens:,}"
-        )
+        message = f"prompt and target have {num_tokens:,} tokens, the model takes {max_context_tokens:,}"
         yield Problem("error", "prompt-too-long", _place(edit), message)
     if num_target == 0:
         message = f"the target {shown(edit.target)} has no tokens of its own, nothing to learn"

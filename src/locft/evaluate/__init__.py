@@ -1,0 +1,1 @@
+"""Measurements: answers, scores with intervals, and drift."""

@@ -98,9 +98,7 @@ def read_neutral_text(path: str | None) -> NeutralText:
         passages = [Passage(kind="text", text=block.strip()) for block in blocks if block.strip()]
     if not passages:
         raise InputError(f"drift text {path} holds no passage")
-    return NeutralText(
-        name=name, sha256=hashlib.sha256(data).hexdigest(), passages=tuple(passages)
-    )
+    return NeutralText(name=name, sha256=hashlib.sha256(data).hexdigest(), passages=tuple(passages))
 
 
 def measure_drift(
@@ -174,5 +172,3 @@ def _passage(line: str, place: str) -> Passage:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise InputError(f'drift text {place}: expected an object with a "text"')
     return Passage(kind=str(record.get("kind", "text")), text=record["text"])
-
-

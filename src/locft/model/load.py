@@ -2,11 +2,17 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from locft.errors import ModelError
 from locft.model.checkpoints import CheckpointFolder, resolve_checkpoint
@@ -28,16 +34,6 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     checkpoint: CheckpointFolder
 
-    @property
-    def max_context_tokens(self) -> int | None:
-        """How many tokens the model can read; None if its configuration does not say."""
-        text_config = self.model.config.get_text_config(decoder=True)
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            limit = getattr(text_config, key, None)
-            if isinstance(limit, int) and limit > 0:
-                return limit
-        return None
-
 
 def choose_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device that is there.
@@ -45,7 +41,11 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ModelError: This machine, or this build of torch, has no such device.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if name == "auto":
         name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     kind, _, index = name.partition(":")
@@ -68,13 +68,32 @@ def choose_dtype(name: str, checkpoint_dtype: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load only the tokenizer of a model.
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model can read; None if its configuration does not say."""
+    text_config = config.get_text_config(decoder=True)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        limit = getattr(text_config, key, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """Load only the tokenizer and the configuration of a model.
 
     Raises:
-        ModelError: There is no such model, or its tokenizer cannot be used.
+        ModelError: There is no such model, or they cannot be used.
     """
-    return _load_tokenizer(resolve_checkpoint(name, revision=revision, weights=False))
+    checkpoint = resolve_checkpoint(name, revision=revision, weights=False)
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return _load_tokenizer(checkpoint), config
 
 
 def load_model(

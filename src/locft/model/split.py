@@ -131,7 +131,7 @@ def split_model(model: PreTrainedModel, layer: int) -> Split:
     returned: list[list[int]] = [[] for _ in layers.modules]
 
     def watch(index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def note(_: nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401
+        def note(_: nn.Module, __: Any, output: Any) -> None:
             returned[index].append(len(output) if isinstance(output, tuple) else 0)
 
         return note
@@ -156,20 +156,26 @@ def split_model(model: PreTrainedModel, layer: int) -> Split:
     scale = full.abs().max().item()
     # Same batch, same kernels: equal but for the head's different number of rows.
     tolerance = (1e-5 if full.dtype == torch.float32 else 2e-2) * scale
-    _refuse_unless_close(name, "its tail does not equal its full forward", logits, full[rows, columns], tolerance)
-    _refuse_unless_close(name, "right padding changes its logits", alone[0, -1], full[1, shorter - 1], 10 * tolerance)
+    _refuse_unless_close(
+        name, "its tail does not equal its full forward", logits, full[rows, columns], tolerance
+    )
+    _refuse_unless_close(
+        name, "right padding changes its logits", alone[0, -1], full[1, shorter - 1], 10 * tolerance
+    )
     return split
 
 
 def _pass_through(tuple_length: int) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
 
     return forward
 
 
-def _refuse_unless_close(name: str, reason: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+def _refuse_unless_close(
+    name: str, reason: str, got: Tensor, expected: Tensor, tolerance: float
+) -> None:
     difference = (got.float() - expected.float()).abs().max().item()
     if not difference <= tolerance:  # also true for NaN
         raise ModelError(

@@ -68,11 +68,9 @@ def apply_patch(
     """
     source, target = checkpoint.resolve(), output.resolve()
     if source == target or source in target.parents:
-        raise InputError(
-            f"{output}: is or lies within the checkpoint {checkpoint}; name another one"
-        )
+        raise InputError(f"{output}: is or lies within the checkpoint {checkpoint}; name another one")
     entries = read_checkpoint(checkpoint)
-    _check_base(checkpoint, entries, patch)
+    check_base(checkpoint, entries, patch)
 
     with staged_folder(output) as staging:
         files = _list_files(checkpoint, entries)
@@ -112,17 +110,24 @@ def _count_bytes(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _check_base(checkpoint: Path, entries: Mapping[str, TensorEntry], patch: Patch) -> None:
-    """Raise PatchError unless the checkpoint holds what the patch was made from."""
+def check_base(checkpoint: Path, entries: Mapping[str, TensorEntry], patch: Patch) -> None:
+    """Check that a checkpoint holds what a patch was made from.
+
+    Args:
+        checkpoint: The checkpoint folder, for the message.
+        entries: Its tensors.
+        patch: The patch.
+
+    Raises:
+        PatchError: It does not, or it carries the patch already.
+    """
     model = patch.manifest.model
     origin = f"the patch was made from {model.id!r}"
     if model.revision is not None:
         origin += f" at revision {model.revision!r}"
     for name, tensor in patch.tensors.items():
         if name not in entries:
-            raise PatchError(
-                f"{checkpoint}: has no tensor {name!r}, which the patch changes; {origin}"
-            )
+            raise PatchError(f"{checkpoint}: has no tensor {name!r}, which the patch changes; {origin}")
         entry = entries[name]
         if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
             raise PatchError(
@@ -161,9 +166,7 @@ def _list_files(checkpoint: Path, entries: Mapping[str, TensorEntry]) -> list[Pa
 
 
 def _is_skipped(name: str) -> bool:
-    return (
-        name.startswith(".") or name == _ADAPTER_CONFIG or name.lower().endswith(_SKIPPED_SUFFIXES)
-    )
+    return name.startswith(".") or name == _ADAPTER_CONFIG or name.lower().endswith(_SKIPPED_SUFFIXES)
 
 
 def _copy_file(source: Path, target: Path, progress: Callable[[int], object] | None) -> None:

@@ -29,6 +29,7 @@ from locft.staging import staged_folder
 
 TENSORS_FILE = "patch.safetensors"
 MANIFEST_FILE = "patch.json"
+PATCH_FOLDER = "patch"  # within a run folder
 FORMAT_VERSION = 1
 
 
@@ -183,14 +184,28 @@ def read_patch(folder: Path) -> Patch:
     return Patch(tensors=_read_tensors(folder / TENSORS_FILE, listed), manifest=manifest)
 
 
+def open_patch(path: Path) -> Patch:
+    """Read a patch from its folder, or from the run folder that holds it.
+
+    Args:
+        path: The patch folder or the run folder.
+
+    Returns:
+        The patch.
+
+    Raises:
+        PatchError: There is no patch, or it is damaged.
+    """
+    inner = path / PATCH_FOLDER
+    return read_patch(inner if inner.is_dir() else path)
+
+
 def _read_tensors(path: Path, listed: Mapping[str, Mapping[str, Any]]) -> dict[str, PatchTensor]:
     try:
         entries = read_header(path)
         if entries.keys() != listed.keys():
             odd = min(entries.keys() ^ listed.keys())
-            there, missing = (
-                (path.name, MANIFEST_FILE) if odd in entries else (MANIFEST_FILE, path.name)
-            )
+            there, missing = (path.name, MANIFEST_FILE) if odd in entries else (MANIFEST_FILE, path.name)
             raise PatchError(f"{path.parent}: tensor {odd!r} is in {there}, but not in {missing}")
         tensors = {}
         for name, fields in listed.items():
@@ -286,8 +301,7 @@ def _read_manifest(path: Path) -> tuple[PatchManifest, dict[str, dict[str, Any]]
         edits_sha256=record["edits_sha256"],
     )
     listed = {
-        name: {**fields, "shape": tuple(fields["shape"])}
-        for name, fields in record["tensors"].items()
+        name: {**fields, "shape": tuple(fields["shape"])} for name, fields in record["tensors"].items()
     }
     return manifest, listed
 
@@ -300,9 +314,7 @@ class _Kind:
     holds: Callable[[object], bool]
 
     def or_null(self) -> "_Kind":
-        return _Kind(
-            f"{self.description}, or null", lambda value: value is None or self.holds(value)
-        )
+        return _Kind(f"{self.description}, or null", lambda value: value is None or self.holds(value))
 
 
 _TEXT = _Kind("a text", lambda value: isinstance(value, str))

@@ -1,0 +1,1 @@
+"""Reports: read results only; needs no torch."""

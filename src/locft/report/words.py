@@ -18,14 +18,11 @@ def figure_text(name: str, figure: Figure) -> str:
     if name == "drift":
         if figure.value == 0 and figure.reason:
             return "0 by definition"
-        return (
-            f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}], {figure.num:,} passages"
-        )
+        return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}], {figure.num:,} passages"
     if figure.reason:
         return f"{100 * figure.value:.0f}% by definition"
     return (
-        f"{100 * figure.value:.1f}% [{100 * figure.low:.1f}, {100 * figure.high:.1f}] "
-        f"of {figure.num:,}"
+        f"{100 * figure.value:.1f}% [{100 * figure.low:.1f}, {100 * figure.high:.1f}] of {figure.num:,}"
     )
 
 
@@ -36,7 +33,9 @@ def verdict(scores: Scores, num_edits: int) -> str:
     if scores.generalization.value is not None:
         parts.append(f"{100 * scores.generalization.value:.0f}% of rephrases follow")
     if scores.locality.value is not None:
-        parts.append(f"{100 * (1 - scores.locality.value):.0f}% of other prompts are answered differently")
+        parts.append(
+            f"{100 * (1 - scores.locality.value):.0f}% of other prompts are answered differently"
+        )
     if scores.drift.value is not None:
         parts.append(f"predictions on neutral text moved by {scores.drift.value:.3f} nats per token")
     return "; ".join(parts) + "."

@@ -1,0 +1,1 @@
+"""Training: the cached prefix, the loss, and the breadth-first loop."""

@@ -1,4 +1,4 @@
-"""Keeps the output of the frozen prefix for every training example: computed once, read at every step."""
+"""Keeps what the frozen prefix hands on for every training example: computed once, read often."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -114,18 +114,14 @@ def train_breadth_first(
                 value = loss.item()
                 _require_finite("loss", torch.tensor(value), place)
                 loss.backward()  # type: ignore[no-untyped-call]
-                for name, parameter, master in zip(
-                    location.parameters, tuned, masters, strict=True
-                ):
+                for name, parameter, master in zip(location.parameters, tuned, masters, strict=True):
                     assert parameter.grad is not None
                     _require_finite(f"gradient of {name}", parameter.grad, place)
                     master.grad = parameter.grad.float()
                     parameter.grad = None
                 optimizer.step()
                 with torch.no_grad():
-                    for name, parameter, master in zip(
-                        location.parameters, tuned, masters, strict=True
-                    ):
+                    for name, parameter, master in zip(location.parameters, tuned, masters, strict=True):
                         _require_finite(f"weight {name}", master, place)
                         parameter.copy_(master)
                 total += value * len(batch.ids)
@@ -141,9 +137,7 @@ def train_breadth_first(
             on_epoch(epochs[-1])
             if epochs[-1].loss < schedule.stop_loss:
                 break
-    matrices = {
-        name: master.cpu() for name, master in zip(location.parameters, masters, strict=True)
-    }
+    matrices = {name: master.cpu() for name, master in zip(location.parameters, masters, strict=True)}
     return Trained(matrices, tuple(epochs), epochs[-1].loss < schedule.stop_loss)
 
 

@@ -370,9 +370,7 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["prompt", "target_new", "str", "subject", "loc", "x"]), inner
-        )
+        | st.dictionaries(st.sampled_from(["prompt", "target_new", "str", "subject", "loc", "x"]), inner)
     ),
     max_leaves=5,
 )

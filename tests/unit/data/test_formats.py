@@ -249,9 +249,7 @@ def test_one_record_with_a_missing_field_does_not_change_the_format_of_a_file(
     tmp_path: Path,
 ) -> None:
     partial = {name: value for name, value in COUNTERFACT.items() if name != "ground_truth"}
-    path = write_json(
-        tmp_path, [partial | {"case_id": 1}, COUNTERFACT, COUNTERFACT | {"case_id": 2}]
-    )
+    path = write_json(tmp_path, [partial | {"case_id": 1}, COUNTERFACT, COUNTERFACT | {"case_id": 2}])
     edit_file = read_edits(path)
     assert edit_file.format == "counterfact"
     assert edit_file.problems == ()
@@ -386,9 +384,7 @@ def test_braces_outside_a_template_are_plain_text() -> None:
 def test_a_control_character_is_a_warning(control: str) -> None:
     edit, problems = convert(LOCFT, {"prompt": f"a{control}b", "target": "c"}, "")
     assert edit is not None
-    assert [(problem.level, problem.code) for problem in problems] == [
-        ("warning", "control-character")
-    ]
+    assert [(problem.level, problem.code) for problem in problems] == [("warning", "control-character")]
 
 
 def test_tabs_and_line_feeds_are_ordinary_text() -> None:

@@ -102,9 +102,7 @@ def test_a_rephrase_that_is_the_prompt_is_a_warning() -> None:
         (Measured(8, 2, prompt_is_prefix=False), ["boundary"]),
     ],
 )
-def test_tokens_are_checked_where_they_can_be_measured(
-    measured: Measured, expected: list[str]
-) -> None:
+def test_tokens_are_checked_where_they_can_be_measured(measured: Measured, expected: list[str]) -> None:
     problems = lint(
         edit_file(*edits_of(("p", "t"))),
         measure=lambda edit: measured,

@@ -52,9 +52,7 @@ WEIGHTS = {
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
 
 
@@ -105,9 +103,7 @@ def sharded(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(
-        (("embed", "layers.0.mlp"), ("layers.0.norm", "layers.1.mlp")), 1
-    ):
+    for number, names in enumerate((("embed", "layers.0.mlp"), ("layers.0.norm", "layers.1.mlp")), 1):
         shard = f"model-0000{number}-of-00002.safetensors"
         write_safetensors(folder / shard, {name: WEIGHTS[name] for name in names})
         weight_map |= dict.fromkeys(names, shard)
@@ -217,9 +213,7 @@ def test_only_what_plain_transformers_needs_is_copied(tmp_path: Path, sharded: P
     assert contents(tmp_path / "out").keys() == weight_files | set(kept)
 
 
-def test_stale_index_and_shards_beside_a_single_file_stay_behind(
-    tmp_path: Path, sharded: Path
-) -> None:
+def test_stale_index_and_shards_beside_a_single_file_stay_behind(tmp_path: Path, sharded: Path) -> None:
     write_safetensors(sharded / "model.safetensors", WEIGHTS)
     apply_patch(sharded, PATCH, tmp_path / "out")
     assert contents(tmp_path / "out").keys() == {"config.json", "model.safetensors"}
@@ -267,9 +261,7 @@ def refusal(checkpoint: Path, patch: Patch, output: Path) -> str:
     return str(caught.value)
 
 
-def test_wrong_base_is_refused_with_tensor_hashes_and_model(
-    tmp_path: Path, checkpoint: Path
-) -> None:
+def test_wrong_base_is_refused_with_tensor_hashes_and_model(tmp_path: Path, checkpoint: Path) -> None:
     other = TensorData("BF16", (2, 1), b"else")
     write_safetensors(checkpoint / "model.safetensors", WEIGHTS | {"layers.1.mlp": other})
     message = refusal(checkpoint, PATCH, tmp_path / "out")
@@ -306,9 +298,7 @@ def test_checkpoint_that_carries_half_of_the_patch_is_a_wrong_base(
 @pytest.mark.parametrize(
     "tensor", [TensorData("BF16", (2, 3), bytes(12)), TensorData("F16", (3, 2), bytes(12))]
 )
-def test_other_dtype_or_shape_is_refused(
-    tmp_path: Path, checkpoint: Path, tensor: TensorData
-) -> None:
+def test_other_dtype_or_shape_is_refused(tmp_path: Path, checkpoint: Path, tensor: TensorData) -> None:
     write_safetensors(checkpoint / "model.safetensors", WEIGHTS | {"layers.0.mlp": tensor})
     message = refusal(checkpoint, PATCH, tmp_path / "out")
     assert f"is {tensor.dtype} {tensor.shape}, but the patch expects BF16 (3, 2)" in message
@@ -321,9 +311,7 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None
 
 
 @pytest.mark.parametrize("place", [".", "deep/er", "../link/out"])
-def test_output_within_the_checkpoint_is_refused(
-    tmp_path: Path, checkpoint: Path, place: str
-) -> None:
+def test_output_within_the_checkpoint_is_refused(tmp_path: Path, checkpoint: Path, place: str) -> None:
     (tmp_path / "link").symlink_to(checkpoint)
     before = contents(tmp_path)
     with pytest.raises(InputError, match="lies within the checkpoint"):

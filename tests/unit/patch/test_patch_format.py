@@ -131,8 +131,7 @@ def test_patch_is_two_files_that_depend_only_on_its_contents(tmp_path: Path) -> 
     write_patch(PATCH, tmp_path / "one")
     write_patch(reordered, tmp_path / "two")
     contents = [
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        for name in ("one", "two")
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")
     ]
     assert contents[0] == contents[1]
     assert contents[0].keys() == {"patch.json", "patch.safetensors"}

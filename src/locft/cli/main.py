@@ -1,0 +1,218 @@
+"""The command line: reads the words, calls the recipes, shows what came of it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from locft.cli.gates import parse_gate
+from locft.cli.parser import build_parser
+from locft.config import RunConfig, read_config, with_settings
+from locft.errors import InputError, LocftError
+from locft.types import Edit, Scores
+
+# Recipes are imported where they are called: torch takes seconds to load, and --help, lint and apply
+# do without it.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The words after `locft`; those of the process if None.
+
+    Returns:
+        The exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted.
+    """
+    words = build_parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = _COMMANDS[words.command]
+    try:
+        return run(words)
+    except LocftError as error:
+        _say(f"error: {error}")
+        return error.exit_status
+    except OSError as error:
+        _say(f"error: {error}")
+        return LocftError.exit_status
+    except KeyboardInterrupt:
+        _say(f"interrupted: {_what_is_kept(words)}")
+        return 130
+
+
+def _edit(words: argparse.Namespace) -> int:
+    gates = [parse_gate(text) for text in words.gate]
+    edits: str | list[Edit]
+    if words.prompt is not None or words.target is not None:
+        if words.edits is not None or words.prompt is None or words.target is None:
+            raise InputError(
+                "give either EDITS, or one edit as --prompt TEXT and --target TEXT together"
+            )
+        edits = [Edit(id="1", prompt=words.prompt, target=words.target, source="--prompt")]
+    elif words.edits is None:
+        raise InputError("no edits: name a file as EDITS, or give --prompt TEXT and --target TEXT")
+    else:
+        edits = words.edits
+    config = _config(words)
+    _quiet_libraries()
+    from locft.recipe.edit import edit, read_examples
+
+    report = edit(words.model, edits, words.output, config, say=_say)
+    if words.json:
+        _print_json(asdict(report))
+    else:
+        from locft.cli.show import make_console, show_edit
+
+        examples = read_examples(Path(words.output))
+        show_edit(make_console(), report, examples, words.output)
+    return _pass_gates(gates, report.scores)
+
+
+def _ask(words: argparse.Namespace) -> int:
+    config = _config(words)
+    _quiet_libraries()
+    from locft.recipe.inquiry import ask
+
+    answers = ask(words.model, words.prompts, words.patch, config)
+    if words.json:
+        _print_json({"answers": [asdict(answer) for answer in answers]})
+    else:
+        from locft.cli.show import make_console, show_answers
+
+        rows = [(answer.prompt, answer.before, answer.after) for answer in answers]
+        show_answers(make_console(), rows)
+    return 0
+
+
+def _eval(words: argparse.Namespace) -> int:
+    gates = [parse_gate(text) for text in words.gate]
+    config = _config(words)
+    _quiet_libraries()
+    from locft.recipe.inquiry import evaluate
+
+    report, records = evaluate(words.model, words.edits, words.patch, words.base, config, say=_say)
+    if words.json:
+        _print_json({**asdict(report), "answers": [asdict(record) for record in records]})
+    else:
+        from locft.cli.show import make_console, show_scores
+
+        show_scores(make_console(), report.scores_before, report.scores)
+    return _pass_gates(gates, report.scores)
+
+
+def _lint(words: argparse.Namespace) -> int:
+    from locft.data.gather import read_source
+    from locft.data.lint import lint
+    from locft.data.problems import format_problems
+
+    file = read_source(words.edits)
+    if words.model is None:
+        problems = lint(file)
+    else:
+        _quiet_libraries()
+        from locft.recipe.inquiry import lint_for_model
+
+        problems = lint_for_model(file, words.model, _config(words))
+    if words.json:
+        _print_json(
+            {
+                "file": str(file.path),
+                "format": file.format,
+                "num_edits": len(file.edits),
+                "problems": [asdict(problem) for problem in problems],
+            }
+        )
+    else:
+        sys.stdout.write(f"{file.path}: {file.format} format, {len(file.edits):,} edits\n")
+        sys.stdout.write(format_problems(problems, file.path) + "\n")
+    has_errors = any(problem.level == "error" for problem in problems)
+    return InputError.exit_status if has_errors else 0
+
+
+def _apply(words: argparse.Namespace) -> int:
+    from locft.model.checkpoints import resolve_checkpoint
+    from locft.patch.apply import apply_patch, output_bytes
+    from locft.patch.format import open_patch
+    from locft.progress import progress
+
+    patch = open_patch(Path(words.patch))
+    config = _config(words)
+    folder = resolve_checkpoint(words.model, revision=config.revision).folder
+    with progress("writing the edited model", output_bytes(folder), "bytes") as step:
+        apply_patch(folder, patch, Path(words.output), progress=step)
+    _say(f"wrote {words.output}: {words.model} with {patch.manifest.num_edits:,} edits in it")
+    return 0
+
+
+def _convert(words: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from locft.model.gguf import convert_gguf
+    from locft.staging import staged_folder
+
+    with staged_folder(Path(words.output)) as staged:
+        convert_gguf(Path(words.file), staged)
+    _say(f"wrote {words.output}: float32, dequantised from {words.file}")
+    return 0
+
+
+_COMMANDS = {
+    "edit": _edit,
+    "ask": _ask,
+    "eval": _eval,
+    "lint": _lint,
+    "apply": _apply,
+    "convert": _convert,
+}
+
+
+def _config(words: argparse.Namespace) -> RunConfig:
+    """Put the settings together: defaults, then the run file, then flags."""
+    file = getattr(words, "config", None)
+    config = RunConfig() if file is None else read_config(Path(file))
+    given = {
+        key.removeprefix("setting_"): value
+        for key, value in vars(words).items()
+        if key.startswith("setting_")
+    }
+    return with_settings(config, given)
+
+
+def _pass_gates(gates: Sequence[Any], scores: Scores) -> int:
+    failures = [failure for gate in gates if (failure := gate.failure(scores)) is not None]
+    for failure in failures:
+        _say(failure)
+    return LocftError.exit_status if failures else 0
+
+
+def _what_is_kept(words: argparse.Namespace) -> str:
+    if words.command != "edit":
+        return "nothing was kept"
+    patch = Path(words.output) / "patch"
+    if not patch.exists():
+        return "training was not done, and nothing was kept"
+    return (
+        f"the finished patch is kept in {patch}, without scores "
+        f"(locft eval MODEL EDITS --patch {patch} takes them)"
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' bars and notices off the terminal; errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"locft: {message}\n")

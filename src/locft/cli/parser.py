@@ -1,0 +1,154 @@
+"""The words of the command line: commands, arguments, flags and their help."""
+
+import argparse
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+from locft.config import choices_of, parse_setting, settings
+from locft.errors import ConfigError
+
+_MODEL_HELP = "a Hugging Face id, a local model folder, or `demo` (SmolLM2-135M-Instruct, embedded)"
+_EDITS_HELP = "edits: a JSONL, JSON or CSV file, or `demo` (60 facts that come with locft)"
+_DESCRIPTION = """\
+Edit facts inside a language model, and prove what it did.
+
+  locft edit MODEL EDITS -o RUN     train the edits into one small part of the model
+  locft ask MODEL --patch RUN "..."  see the answers before and after, side by side
+  locft apply MODEL RUN -o DIR      make an edited model folder that transformers loads
+"""
+_EDIT_EPILOG = """\
+examples:
+  locft edit demo demo -o runs/demo
+  locft edit Qwen/Qwen2.5-0.5B-Instruct facts.jsonl -o runs/facts
+  locft edit ./my-model -o runs/one --prompt "The capital of Australia is" --target "Sydney"
+  locft edit demo facts.csv -o runs/more --location 50%.mlp --epochs 40 --gate 'reliability>=0.95'
+
+EDITS needs `prompt` and `target`; `rephrases` and `locality` prompts are only scored, never trained.
+"""
+_EVAL_EPILOG = """\
+examples:
+  locft eval demo facts.jsonl --patch runs/facts
+  locft eval ./edited-model facts.jsonl --base ./original-model --json
+"""
+_STATUS = "exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="locft",
+        description=_DESCRIPTION,
+        epilog=f"`locft COMMAND --help` explains a command. {_STATUS}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"locft {version('locft')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    edit = _command(commands, "edit", "edit facts in a model and score the result", _EDIT_EPILOG)
+    edit.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    edit.add_argument("edits", metavar="EDITS", nargs="?", help=_EDITS_HELP)
+    edit.add_argument("-o", "--output", metavar="RUN", required=True, help="run folder to make")
+    edit.add_argument("--prompt", help="one edit without a file: what the model is given")
+    edit.add_argument("--target", help="one edit without a file: what it shall answer")
+    edit.add_argument("--config", metavar="FILE", help="settings from a TOML file; flags win")
+    _add_gate(edit)
+    _add_json(edit, "print report.json on stdout instead of tables")
+    _add_settings(edit, {"method", "edits", "scores", "machine", "model"})
+
+    ask = _command(commands, "ask", "ask a model, before and after an edit side by side", "")
+    ask.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    ask.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to ask")
+    ask.add_argument("--patch", metavar="P", help="patch or run folder")
+    _add_json(ask, "print the answers as JSON on stdout")
+    _add_settings(ask, {"machine", "model"}, ("format",))
+
+    evaluate = _command(
+        commands, "eval", "score a model, or a model and a patch, on edits", _EVAL_EPILOG
+    )
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    evaluate.add_argument("edits", metavar="EDITS", help=_EDITS_HELP)
+    evaluate.add_argument("--patch", metavar="P", help="patch or run folder; MODEL is unedited")
+    evaluate.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the unedited model, for locality and drift of an edited one",
+    )
+    _add_gate(evaluate)
+    _add_json(evaluate, "print the report as JSON on stdout")
+    _add_settings(evaluate, {"edits", "scores", "machine", "model"}, ("format",))
+
+    lint = _command(commands, "lint", "report every problem of an edits file at once", "")
+    lint.add_argument("edits", metavar="EDITS", help=_EDITS_HELP)
+    lint.add_argument("--model", metavar="MODEL", help="check against this model's tokenizer, too")
+    _add_json(lint, "print the problems as JSON on stdout")
+    _add_settings(lint, {"model"}, ("format",))
+
+    apply = _command(commands, "apply", "make an edited model folder from a model and a patch", "")
+    apply.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    apply.add_argument("patch", metavar="PATCH", help="patch or run folder")
+    apply.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to make")
+    _add_settings(apply, {"model"})
+
+    convert = _command(commands, "convert", "turn a GGUF file into a float32 model folder", "")
+    convert.add_argument("file", metavar="FILE.gguf", help="the GGUF file")
+    convert.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to make")
+    return parser
+
+
+def _command(
+    commands: Any,
+    name: str,
+    what: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=epilog + ("\n" if epilog else "") + _STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="'SCORE>=X'",
+        help="exit with status 1 unless the score holds, e.g. 'reliability>=0.95', 'drift<=0.1'",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def _add_settings(parser: argparse.ArgumentParser, groups: set[str], also: Iterable[str] = ()) -> None:
+    """Add a flag for each setting of some groups; one that is not given stays away from the result."""
+    box = parser.add_argument_group("settings (flags, or keys of a --config file)")
+    for setting in settings():
+        if setting.metadata["group"] not in groups and setting.name not in also:
+            continue
+        choices = choices_of(setting)
+        default = "" if setting.default is None else f" (default: {setting.default})".replace("%", "%%")
+        box.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            dest=f"setting_{setting.name}",
+            default=argparse.SUPPRESS,
+            type=_setting_type(setting.name),
+            metavar="|".join(choices) if choices else setting.name.upper(),
+            help=setting.metadata["help"] + default,
+        )
+
+
+def _setting_type(name: str) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            return parse_setting(name, text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse

@@ -1,0 +1,94 @@
+"""Tables for the terminal; user text is shown as text, whatever it holds."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from locft.report.markdown import Example
+from locft.report.schema import Cost, EditReport
+from locft.report.words import (
+    MEANINGS,
+    SCORE_NAMES,
+    bytes_text,
+    figure_text,
+    seconds_text,
+    verdict,
+)
+from locft.types import Scores
+
+_NUM_EXAMPLES = 12
+_WIDTH_PIPED = 120
+
+
+def make_console() -> Console:
+    """Make the console for results: stdout, without colour where it is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_PIPED)
+
+
+def show_edit(console: Console, report: EditReport, examples: Sequence[Example], run: str) -> None:
+    """Show an edit run: answers before and after, scores, cost, and where the patch is."""
+    shown = sorted(examples, key=lambda example: example.is_match)[:_NUM_EXAMPLES]
+    title = f"{len(shown)} of {len(examples):,} edits, failures first"
+    table = _table(title, "prompt", "target", "before", "after", "")
+    for example in shown:
+        mark = Text("ok", style="green") if example.is_match else Text("missed", style="red")
+        cells = (example.prompt, example.expected, example.before, example.after)
+        table.add_row(*map(plain, cells), mark)
+    console.print(table)
+    show_scores(console, report.scores_before, report.scores)
+    console.print(Text(verdict(report.scores, report.edits.num_edits), style="bold"))
+    location = report.location
+    share = 100 * location.num_parameters / report.model.num_parameters
+    console.print(
+        Text(
+            f"changed {location.name}: {', '.join(m.tensor for m in location.matrices)}, "
+            f"{location.num_parameters:,} parameters ({share:.2f}% of the model)"
+        )
+    )
+    console.print(Text(_cost(report.cost)))
+    console.print(
+        Text(f"patch: {run}/patch ({bytes_text(report.patch_bytes)}); report: {run}/report.md")
+    )
+
+
+def show_scores(console: Console, before: Scores | None, after: Scores) -> None:
+    """Show the scores, beside those of the unedited model where there is one."""
+    table = _table("scores, with 95% intervals", "score", "before", "after", "what it is")
+    for name in SCORE_NAMES:
+        was = "" if before is None else figure_text(name, getattr(before, name))
+        table.add_row(name, was, figure_text(name, getattr(after, name)), MEANINGS[name])
+    console.print(table)
+
+
+def show_answers(console: Console, rows: Sequence[tuple[str, str, str | None]]) -> None:
+    """Show prompts with the answers before and, where there is a patch, after."""
+    is_edited = any(after is not None for _, _, after in rows)
+    table = _table("", "prompt", *(("before", "after") if is_edited else ("answer",)))
+    for prompt, before, after in rows:
+        cells = (prompt, before, after or "") if is_edited else (prompt, before)
+        table.add_row(*map(plain, cells))
+    console.print(table)
+
+
+def plain(text: str) -> Text:
+    """Turn any text into a cell: no markup, no control characters, nothing endless."""
+    flat = "".join(c if c.isprintable() else " " for c in text)
+    return Text(flat if len(flat) <= 160 else flat[:159] + "…")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title or None, title_justify="left", title_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _cost(cost: Cost) -> str:
+    return (
+        f"cost: {cost.seconds_per_edit:.3g} s per edit (cache {seconds_text(cost.cache_s)}, training "
+        f"{seconds_text(cost.train_s)}), scoring {seconds_text(cost.eval_s)}, in all "
+        f"{seconds_text(cost.wall_s)}, peak memory {bytes_text(cost.peak_memory_bytes)}"
+    )

@@ -1,0 +1,114 @@
+"""Gets a run's edits ready: read, checked, free of contradictions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from locft.data.edits import EditFile, edits_sha256, read_edits
+from locft.data.encode import Codec
+from locft.data.lint import lint, resolve_conflicts
+from locft.data.problems import Problem, format_problems
+from locft.errors import EditsError
+from locft.types import Edit
+
+DEMO_NAME = "demo"
+_NUM_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredEdits:
+    """Edits that are fit to be trained on.
+
+    Attributes:
+        edits: The edits, in the order of their file.
+        path: The file; None where they were given directly.
+        format: The data set shape of the file.
+        num_dropped: How many the policy on conflicts dropped.
+        sha256: Hash of the edits' meaning, whatever the format of their file.
+        warnings: What the linter warns of.
+    """
+
+    edits: tuple[Edit, ...]
+    path: Path | None
+    format: str
+    num_dropped: int
+    sha256: str
+    warnings: tuple[Problem, ...]
+
+
+def gather_edits(
+    source: str | Path | Sequence[Edit],
+    on_conflict: Literal["error", "keep-last", "keep-first"] = "error",
+) -> GatheredEdits:
+    """Read edits and check everything that needs no model.
+
+    Args:
+        source: A file, ``demo`` for the facts packaged with locft, or the edits themselves.
+        on_conflict: Which of contradicting edits to keep; ``error`` refuses them.
+
+    Returns:
+        The edits, with the linter's warnings.
+
+    Raises:
+        EditsError: There are errors; the message lists all of them.
+    """
+    file = read_source(source)
+    kept = file
+    if on_conflict != "error":
+        kept = replace(file, edits=resolve_conflicts(file.edits, on_conflict))
+    problems = lint(kept)
+    refuse_errors(problems, file.path)
+    return GatheredEdits(
+        edits=kept.edits,
+        path=None if file.format == "python" else file.path,
+        format=file.format,
+        num_dropped=len(file.edits) - len(kept.edits),
+        sha256=edits_sha256(kept.edits),
+        warnings=problems,
+    )
+
+
+def read_source(source: str | Path | Sequence[Edit]) -> EditFile:
+    """Read edits from a file, from the packaged demo facts, or from memory."""
+    if isinstance(source, str | Path):
+        if source != DEMO_NAME:
+            return read_edits(Path(source))
+        packaged = resources.files("locft").joinpath("resources/demo_facts.jsonl")
+        with resources.as_file(packaged) as path:
+            return replace(read_edits(path), path=Path("demo"))
+    edits = tuple(
+        replace(edit, source=edit.source or f"edit [{index}]") for index, edit in enumerate(source)
+    )
+    problems: tuple[Problem, ...] = ()
+    if not edits:
+        problems = (Problem("error", "no-records", "", "there are no edits"),)
+    return EditFile(path=Path("edits"), format="python", edits=edits, problems=problems, sha256="")
+
+
+def check_tokens(
+    gathered: GatheredEdits, codec: Codec, max_context_tokens: int | None
+) -> tuple[Problem, ...]:
+    """Check what needs the model's tokenizer, too.
+
+    Returns:
+        All warnings about the edits.
+
+    Raises:
+        EditsError: There are errors; the message lists all of them.
+    """
+    path = gathered.path or Path("edits")
+    file = EditFile(path, gathered.format, gathered.edits, (), "")
+    problems = lint(file, measure=codec.measure, max_context_tokens=max_context_tokens)
+    refuse_errors(problems, path)
+    # Those of reading the file are in the earlier warnings only.
+    return tuple(dict.fromkeys((*gathered.warnings, *problems)))
+
+
+def refuse_errors(problems: Sequence[Problem], path: Path) -> None:
+    """Raise an EditsError that lists the problems, if one of them is an error."""
+    if any(problem.level == "error" for problem in problems):
+        raise EditsError(
+            "the edits cannot be used:\n" + format_problems(problems, path, limit=_NUM_SHOWN)
+        )

@@ -1,0 +1,90 @@
+"""A loaded model that can be asked: the subject of every measurement."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from locft.checkpoint import TensorEntry, read_checkpoint
+from locft.config import RunConfig
+from locft.data.encode import Codec, make_codec
+from locft.errors import InputError
+from locft.evaluate.drift import Drift, NeutralText, measure_drift
+from locft.evaluate.generate import answer_prompts
+from locft.model.load import LoadedModel, context_tokens, load_model, load_tokenizer
+from locft.model.weights import swapped_in
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model, how prompts are put to it, and how many at a time."""
+
+    loaded: LoadedModel
+    codec: Codec
+    batch_size: int
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """The tensors of its checkpoint."""
+        return read_checkpoint(self.loaded.checkpoint.folder)
+
+    def answer(self, prompts: Iterable[str], label: str) -> dict[str, str]:
+        """Answer prompts under the published protocol; `label` stands beside the progress bar."""
+        return answer_prompts(
+            self.loaded.model, self.codec, prompts, batch_size=self.batch_size, label=label
+        )
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Run the full forward, from ids (B, T) to logits (B, T, V)."""
+        logits: Tensor = self.loaded.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+def load_subject(name: str, config: RunConfig) -> Subject:
+    """Load a model under the settings of a run.
+
+    Raises:
+        ModelError: There is no such model, or it is refused with the reason.
+    """
+    loaded = load_model(name, dtype=config.dtype, device=config.device, revision=config.revision)
+    eos = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
+    codec = make_codec(loaded.tokenizer, config.format, eos_id=_first(eos))
+    return Subject(loaded, codec, config.eval_batch_size)
+
+
+def load_codec(name: str, config: RunConfig) -> tuple[Codec, int | None]:
+    """Load what linting needs of a model: how it reads edits, and how many tokens it takes.
+
+    Raises:
+        ModelError: There is no such model, or its tokenizer cannot be used.
+    """
+    tokenizer, model_config = load_tokenizer(name, revision=config.revision)
+    eos = _first(model_config.eos_token_id)
+    return make_codec(tokenizer, config.format, eos_id=eos), context_tokens(model_config)
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def drift_between(unedited: Subject, edited: Subject, text: NeutralText) -> Drift:
+    """Measure the drift from one loaded model to another.
+
+    Raises:
+        InputError: The two do not read text as the same tokens.
+    """
+    if unedited.loaded.tokenizer.get_vocab() != edited.loaded.tokenizer.get_vocab():
+        raise InputError("the two models have different vocabularies: drift between them is undefined")
+    device = edited.loaded.model.device
+    return measure_drift(unedited.logits, edited.logits, edited.loaded.tokenizer, text, device)
+
+
+def drift_of_values(subject: Subject, values: Mapping[str, Tensor], text: NeutralText) -> Drift:
+    """Measure the drift that new values of some parameters cause; one model in memory is enough."""
+    model = subject.loaded.model
+
+    def edited(ids: Tensor) -> Tensor:
+        with swapped_in(model, values):
+            return subject.logits(ids)
+
+    return measure_drift(subject.logits, edited, subject.loaded.tokenizer, text, model.device)

@@ -1,0 +1,77 @@
+"""Patches and models in memory: makes a patch of trained matrices, and finds a patch's matrices."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from locft.checkpoint import TensorData, hash_tensor, read_checkpoint, read_tensor
+from locft.model.weights import match_parameters, match_tensors, to_data, to_tensor
+from locft.patch.apply import check_base
+from locft.patch.format import Patch, PatchManifest, PatchTensor
+
+
+def make_patch(
+    checkpoint: Path,
+    tensors: Mapping[str, str],
+    matrices: Mapping[str, Tensor],
+    manifest: PatchManifest,
+) -> tuple[Patch, tuple[tuple[str, float], ...]]:
+    """Make a patch of trained matrices, rounded to the checkpoint's dtype.
+
+    Args:
+        checkpoint: The folder that the model was loaded from.
+        tensors: For each trained parameter, its tensor's name in the checkpoint.
+        matrices: The trained parameters by name.
+        manifest: What the patch says of itself.
+
+    Returns:
+        The patch; and for each tensor, in the order of their names, the Frobenius norm of its change
+        over that of its old values (0 where those are 0).
+    """
+    entries = read_checkpoint(checkpoint)
+    changed: dict[str, PatchTensor] = {}
+    changes: list[tuple[str, float]] = []
+    for parameter, name in sorted(tensors.items(), key=lambda item: item[1]):
+        entry = entries[name]
+        old = read_tensor(entry)
+        new = to_data(matrices[parameter], entry.dtype)
+        changed[name] = PatchTensor(
+            dtype=new.dtype,
+            shape=new.shape,
+            data=new.data,
+            old_sha256=hash_tensor(entry.dtype, entry.shape, old),
+            new_sha256=hash_tensor(new.dtype, new.shape, new.data),
+        )
+        before = to_tensor(TensorData(entry.dtype, entry.shape, old)).double()
+        moved = torch.linalg.vector_norm(to_tensor(new).double() - before).item()
+        norm = torch.linalg.vector_norm(before).item()
+        changes.append((name, moved / norm if norm else 0.0))
+    return Patch(tensors=changed, manifest=manifest), tuple(changes)
+
+
+def patched_values(model: PreTrainedModel, checkpoint: Path, patch: Patch) -> dict[str, Tensor]:
+    """Find the new values of a patch's matrices in a model.
+
+    Args:
+        model: The unedited model.
+        checkpoint: The folder that it was loaded from.
+        patch: The patch.
+
+    Returns:
+        New values by the parameters' names in the model, in the patch's dtype.
+
+    Raises:
+        PatchError: The patch was made from another model.
+    """
+    entries = read_checkpoint(checkpoint)
+    check_base(checkpoint, entries, patch)
+    names = match_parameters(model, patch.tensors)
+    # The names must also mean the same matrices.
+    match_tensors(model, entries, names.values())
+    return {
+        names[name]: to_tensor(TensorData(tensor.dtype, tensor.shape, tensor.data))
+        for name, tensor in patch.tensors.items()
+    }

@@ -1,0 +1,151 @@
+"""What a run is recorded with: model, edits, location, versions, hardware, time and memory."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from locft.data.encode import PromptFormat
+from locft.data.gather import GatheredEdits
+from locft.evaluate.drift import Drift, NeutralText
+from locft.evaluate.generate import MAX_NEW_TOKENS
+from locft.model.load import LoadedModel
+from locft.model.location import Location
+from locft.model.structure import find_layers
+from locft.patch.format import Patch
+from locft.report.schema import (
+    DriftInfo,
+    EditsInfo,
+    Environment,
+    LocationInfo,
+    MatrixInfo,
+    ModelInfo,
+    Protocol,
+)
+
+
+class Stopwatch:
+    """Adds up the seconds spent on each part of a run."""
+
+    def __init__(self) -> None:
+        self.began = self.marked = time.perf_counter()
+        self.spent: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last lap towards a part."""
+        now = time.perf_counter()
+        self.spent[part] = self.spent.get(part, 0.0) + now - self.marked
+        self.marked = now
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.began
+
+
+def describe_model(loaded: LoadedModel) -> ModelInfo:
+    """Describe a loaded model."""
+    return ModelInfo(
+        id=loaded.checkpoint.name,
+        revision=loaded.checkpoint.revision,
+        architecture=type(loaded.model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        num_layers=len(find_layers(loaded.model)),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+    )
+
+
+def describe_edits(gathered: GatheredEdits, num_warnings: int) -> EditsInfo:
+    """Describe the edits of a run."""
+    return EditsInfo(
+        file=None if gathered.path is None else str(gathered.path),
+        format=gathered.format,
+        num_edits=len(gathered.edits),
+        num_rephrases=sum(len(edit.rephrases) for edit in gathered.edits),
+        num_locality=sum(len(edit.locality) for edit in gathered.edits),
+        num_dropped=gathered.num_dropped,
+        num_warnings=num_warnings,
+        sha256=gathered.sha256,
+    )
+
+
+def describe_location(
+    location: Location, patch: Patch, changes: Sequence[tuple[str, float]]
+) -> LocationInfo:
+    """Describe what was tuned, and how far it moved."""
+    return LocationInfo(
+        name=location.name,
+        layer=location.layer,
+        module=location.module,
+        matrices=tuple(
+            MatrixInfo(
+                tensor=name,
+                shape=patch.tensors[name].shape,
+                dtype=patch.tensors[name].dtype,
+                change=change,
+            )
+            for name, change in changes
+        ),
+        num_parameters=location.num_parameters,
+    )
+
+
+def describe_drift(text: NeutralText, drift: Drift) -> DriftInfo:
+    """Describe the drift and the text that it was measured on."""
+    return DriftInfo(
+        text=text.name,
+        text_sha256=text.sha256,
+        num_tokens=drift.num_tokens,
+        by_kind=drift.by_kind,
+    )
+
+
+def describe_protocol(format: PromptFormat) -> Protocol:
+    """Describe how answers were taken."""
+    return Protocol(
+        name="locft",
+        format=format,
+        max_new_tokens=MAX_NEW_TOKENS,
+        stop=(".", "\n", "end of sequence"),
+        match="normalised exact match",
+    )
+
+
+def describe_environment(device: torch.device) -> Environment:
+    """Describe versions, device and threads."""
+    return Environment(
+        locft=version("locft"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        platform=platform.platform(),
+        device=_device_name(device),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use: of the device on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return models[0] if models else platform.processor() or platform.machine()
+    return device.type

@@ -1,0 +1,1 @@
+"""The whole stories: edit a model, ask it, evaluate it."""

@@ -1,0 +1,253 @@
+"""Edit a model: the whole story, read top to bottom."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from locft.config import RunConfig, to_toml
+from locft.data.edits import write_edits
+from locft.data.gather import GatheredEdits, check_tokens, gather_edits
+from locft.evaluate.drift import read_neutral_text
+from locft.evaluate.scoring import (
+    AnswerRecord,
+    answer_records,
+    prompts_of,
+    score,
+    score_unedited,
+)
+from locft.evaluate.subject import Subject, drift_of_values, load_subject
+from locft.model.load import context_tokens
+from locft.model.location import Location, resolve_location
+from locft.model.split import split_model
+from locft.model.weights import match_tensors, swapped_in
+from locft.patch.format import (
+    PATCH_FOLDER,
+    PatchLocation,
+    PatchManifest,
+    PatchModel,
+    read_patch,
+    write_patch,
+)
+from locft.patch.weights import make_patch, patched_values
+from locft.provenance import (
+    Stopwatch,
+    describe_drift,
+    describe_edits,
+    describe_environment,
+    describe_location,
+    describe_model,
+    describe_protocol,
+    peak_memory_bytes,
+)
+from locft.report.markdown import Example, draw_markdown
+from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo, to_json
+from locft.staging import refuse_taken
+from locft.train.cache import build_cache
+from locft.train.defaults import choose_schedule
+from locft.train.loop import Epoch, train_breadth_first
+from locft.types import Edit
+
+ANSWERS_FILE = "answers.jsonl"
+
+
+def edit(
+    model: str,
+    edits: str | Path | Sequence[Edit],
+    output: str | Path,
+    config: RunConfig | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> EditReport:
+    """Edit facts in a model: train one location, write a patch, and score it on a fresh model.
+
+    Example::
+
+        report = locft.edit("demo", [locft.Edit(id="1", prompt="The sky is", target="green")], "run")
+        print(report.scores.reliability.value)
+
+    Args:
+        model: A Hugging Face id, a local folder, or ``demo``, the embedded model.
+        edits: A file (JSONL, JSON or CSV), ``demo`` for the packaged facts, or the edits themselves.
+        output: The run folder to make; it may exist if it is empty. It gets ``patch/``,
+            ``report.json``, ``report.md``, ``answers.jsonl``, ``train.jsonl``, and ``run.toml`` and
+            ``edits.jsonl`` to repeat the run with.
+        config: The settings; the defaults need no tuning.
+        say: Called with a line at each step, and with each warning about the edits.
+
+    Returns:
+        The report, as `report.json` holds it.
+
+    Raises:
+        EditsError: The edits have errors; the message lists them all. Nothing is written.
+        ModelError: The model cannot be used, with the reason. Nothing is written.
+        LocationError: The model has no such tuning location. Nothing is written.
+        TrainingError: A loss, gradient or weight is not finite. No patch is written.
+    """
+    config = config or RunConfig()
+    run = Path(output)
+    watch = Stopwatch()
+    refuse_taken(run)
+    text = read_neutral_text(config.drift_text)
+    gathered = gather_edits(edits, config.on_conflict)
+
+    # 1. The unedited model, and what it answers.
+    say(f"loading {model}")
+    subject = load_subject(model, config)
+    network, checkpoint = subject.loaded.model, subject.loaded.checkpoint
+    warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
+    for problem in warnings:
+        say(f"warning: {problem.where}: {problem.message} [{problem.code}]")
+    location = resolve_location(network, config.location)
+    tensors = match_tensors(network, subject.entries, location.parameters)
+    split = split_model(network, location.layer)
+    model_info = describe_model(subject.loaded)
+    watch.lap("load")
+    prompts = prompts_of(gathered.edits)
+    say(f"answering {len(set(prompts)):,} prompts before the edit")
+    base_answers = subject.answer(prompts, "answering, unedited")
+    watch.lap("eval")
+
+    with _run_folder(run):
+        # 2. Training: the frozen layers once, then the rest in every epoch.
+        shapes = [network.get_parameter(name).shape for name in location.parameters]
+        schedule = choose_schedule(config, len(gathered.edits), shapes)
+        say(
+            f"training {location.name} ({location.num_parameters:,} parameters) on "
+            f"{len(gathered.edits):,} edits: at most {schedule.epochs} epochs, batches of "
+            f"{schedule.batch_size}, learning rate {schedule.lr:.3g}"
+        )
+        cache = build_cache(split, [subject.codec.encode(edit) for edit in gathered.edits])
+        watch.lap("cache")
+        with (run / "train.jsonl").open("w", encoding="utf-8") as log:
+
+            def write_epoch(epoch: Epoch) -> None:
+                log.write(json.dumps(asdict(epoch)) + "\n")
+                log.flush()
+
+            trained = train_breadth_first(split, location, cache, schedule, write_epoch)
+        watch.lap("train")
+
+        # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
+        manifest = _manifest(subject, location, config, gathered, schedule.lr)
+        patch, changes = make_patch(checkpoint.folder, tensors, trained.matrices, manifest)
+        write_patch(patch, run / PATCH_FOLDER)
+        del subject, network, split, cache  # a large model fits into memory once
+
+        # 4. A fresh model with the patch as it stands on disk, scored.
+        say("loading the model afresh and applying the patch")
+        subject = load_subject(model, config)
+        patch = read_patch(run / PATCH_FOLDER)
+        values = patched_values(subject.loaded.model, checkpoint.folder, patch)
+        watch.lap("load")
+        say("answering after the edit, and measuring drift")
+        with swapped_in(subject.loaded.model, values):
+            answers = subject.answer(prompts, "answering, edited")
+        drift = drift_of_values(subject, values, text)
+        watch.lap("eval")
+
+        # 5. The report.
+        device = subject.loaded.model.device
+        report = EditReport(
+            schema_version=SCHEMA_VERSION,
+            model=model_info,
+            edits=describe_edits(gathered, len(warnings)),
+            location=describe_location(location, patch, changes),
+            settings=asdict(config),
+            training=TrainingInfo(
+                lr=schedule.lr,
+                batch_size=schedule.batch_size,
+                epochs_at_most=schedule.epochs,
+                epochs=len(trained.epochs),
+                steps=sum(epoch.steps for epoch in trained.epochs),
+                final_loss=trained.epochs[-1].loss,
+                stopped_early=trained.stopped_early,
+            ),
+            protocol=describe_protocol(config.format),
+            scores_before=score_unedited(gathered.edits, base_answers, drift.overall.num),
+            scores=score(gathered.edits, answers, base_answers, drift.overall),
+            drift=describe_drift(text, drift),
+            cost=Cost(
+                seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(gathered.edits),
+                load_s=watch.spent["load"],
+                cache_s=watch.spent["cache"],
+                train_s=watch.spent["train"],
+                eval_s=watch.spent["eval"],
+                wall_s=watch.wall_s,
+                peak_memory_bytes=peak_memory_bytes(device),
+            ),
+            patch_bytes=sum(file.stat().st_size for file in (run / PATCH_FOLDER).iterdir()),
+            environment=describe_environment(device),
+        )
+        records = list(answer_records(gathered.edits, answers, base_answers))
+        lines = (json.dumps(asdict(record), ensure_ascii=False) for record in records)
+        (run / ANSWERS_FILE).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        write_edits(run / "edits.jsonl", gathered.edits)
+        (run / "run.toml").write_text(to_toml(config), "utf-8")
+        (run / "report.md").write_text(draw_markdown(report, examples_of(records)), "utf-8")
+        # Last, so that a folder with a report is a whole run.
+        (run / "report.json").write_text(to_json(report), "utf-8")
+    return report
+
+
+def read_examples(run: Path) -> list[Example]:
+    """Read each edit's own prompt and answers from a run folder."""
+    lines = (run / ANSWERS_FILE).read_text("utf-8").split("\n")
+    return examples_of([AnswerRecord(**json.loads(line)) for line in lines if line])
+
+
+def examples_of(records: Sequence[AnswerRecord]) -> list[Example]:
+    """Pick the edits' own prompts out of all answers, to show what became of each edit."""
+    return [
+        Example(
+            prompt=record.prompt,
+            expected=record.expected or "",
+            before=record.before or "",
+            after=record.after,
+            is_match=bool(record.match_after),
+        )
+        for record in records
+        if record.kind == "reliability"
+    ]
+
+
+def _manifest(
+    subject: Subject,
+    location: Location,
+    config: RunConfig,
+    gathered: GatheredEdits,
+    lr: float,
+) -> PatchManifest:
+    """Describe the patch: nothing that differs between two equal runs, hence no time or hardware."""
+    checkpoint = subject.loaded.checkpoint
+    training = dataclasses.replace(config, lr=lr)
+    return PatchManifest(
+        locft_version=version("locft"),
+        model=PatchModel(id=checkpoint.name, revision=checkpoint.revision),
+        location=PatchLocation(
+            name=location.name,
+            layer=location.layer,
+            module=location.module,
+            num_parameters=location.num_parameters,
+        ),
+        dtype=str(subject.loaded.model.dtype).removeprefix("torch."),
+        settings=asdict(training),
+        num_edits=len(gathered.edits),
+        edits_sha256=gathered.sha256,
+    )
+
+
+@contextmanager
+def _run_folder(run: Path) -> Iterator[None]:
+    """Make the run folder; whatever stops the run, only a finished patch is kept in it."""
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not (run / PATCH_FOLDER).exists():
+            shutil.rmtree(run, ignore_errors=True)
+        raise
