@@ -152,7 +152,7 @@ def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown setting {key!r}: {advice}")
     # TOML writes 1 for 1.0.
-    exact = {
+    exact: dict[str, Any] = {
         key: float(value) if type(value) is int and int not in _members(_types()[key]) else value
         for key, value in values.items()
     }

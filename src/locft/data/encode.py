@@ -17,8 +17,10 @@ from locft.types import Edit
 PromptFormat = Literal["raw", "chat"]
 
 # How the Unicode names of the letters and punctuation of scripts without spaces begin.
-_UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO")
-_UNSPACED += ("THAI", "LAO ", "KHMER", "MYANMAR", "TIBETAN")
+_UNSPACED = (
+    *("CJK ", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO"),
+    *("THAI", "LAO ", "KHMER", "MYANMAR", "TIBETAN"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

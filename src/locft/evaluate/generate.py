@@ -44,13 +44,14 @@ def answer_prompts(
     pending = sorted(ids, key=lambda prompt: (-len(ids[prompt]), prompt))
     answers: dict[str, str] = {}
     stops = StoppingCriteriaList([_StopAtSentenceEnd(codec.tokenizer, model.device)])
+    generate: Any = model.generate
     with _greedy(model, codec), progress(label, len(pending), "prompts") as step:
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
             longest = len(ids[batch[0]])
             padded = [[0] * (longest - len(ids[prompt])) + [*ids[prompt]] for prompt in batch]
             mask = [[int(i >= longest - len(ids[p])) for i in range(longest)] for p in batch]
-            generated = model.generate(
+            generated: Tensor = generate(
                 torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
                 stopping_criteria=stops,
@@ -81,7 +82,7 @@ def _greedy(model: PreTrainedModel, codec: Codec) -> Iterator[None]:
         model.generation_config = own
 
 
-class _StopAtSentenceEnd(StoppingCriteria):  # type: ignore[misc]
+class _StopAtSentenceEnd(StoppingCriteria):
     """Stops a row once its newest token holds "." or a newline."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:

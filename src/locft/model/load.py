@@ -123,7 +123,8 @@ def load_model(
     stored = config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
     tokenizer = _load_tokenizer(checkpoint)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # Returns a pair, which its annotation does not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype=choose_dtype(dtype, str(stored)),
             use_safetensors=True,
@@ -133,6 +134,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(

@@ -124,7 +124,7 @@ def split_model(model: PreTrainedModel, layer: int) -> Split:
     if not isinstance(model.get_output_embeddings(), nn.Module):
         raise ModelError(f"{name} is refused: it has no output head over its vocabulary")
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     longest, shorter = _PROBE_LENGTHS
     # Two rows of spread ids that every vocabulary has; the second row's end is padding.
     ids = (torch.arange(2 * longest, device=device) * 7 + 5).remainder(vocabulary).view(2, longest)

@@ -49,7 +49,7 @@ from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo, 
 from locft.staging import refuse_taken
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_schedule
-from locft.train.loop import Epoch, train_breadth_first
+from locft.train.loop import Epoch, Schedule, train_breadth_first
 from locft.types import Edit
 
 ANSWERS_FILE = "answers.jsonl"
@@ -103,7 +103,8 @@ def edit(
     for problem in warnings:
         say(f"warning: {problem.where}: {problem.message} [{problem.code}]")
     location = resolve_location(network, config.location)
-    tensors = match_tensors(network, subject.entries, location.parameters)
+    entries = subject.entries
+    tensors = match_tensors(network, entries, location.parameters)
     split = split_model(network, location.layer)
     model_info = describe_model(subject.loaded)
     watch.lap("load")
@@ -133,7 +134,8 @@ def edit(
         watch.lap("train")
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
-        manifest = _manifest(subject, location, config, gathered, schedule.lr)
+        dtypes = [entries[name].dtype for name in tensors.values()]
+        manifest = _manifest(subject, location, config, gathered, schedule, dtypes)
         patch, changes = make_patch(checkpoint.folder, tensors, trained.matrices, manifest)
         write_patch(patch, run / PATCH_FOLDER)
         del subject, network, split, cache  # a large model fits into memory once
@@ -220,11 +222,12 @@ def _manifest(
     location: Location,
     config: RunConfig,
     gathered: GatheredEdits,
-    lr: float,
+    schedule: Schedule,
+    dtypes: Sequence[str],
 ) -> PatchManifest:
     """Describe the patch: nothing that differs between two equal runs, hence no time or hardware."""
     checkpoint = subject.loaded.checkpoint
-    training = dataclasses.replace(config, lr=lr)
+    resolved = dataclasses.replace(config, lr=schedule.lr, epochs=schedule.epochs)
     return PatchManifest(
         locft_version=version("locft"),
         model=PatchModel(id=checkpoint.name, revision=checkpoint.revision),
@@ -234,8 +237,8 @@ def _manifest(
             module=location.module,
             num_parameters=location.num_parameters,
         ),
-        dtype=str(subject.loaded.model.dtype).removeprefix("torch."),
-        settings=asdict(training),
+        dtype=", ".join(sorted(set(dtypes))),
+        settings=asdict(resolved),
         num_edits=len(gathered.edits),
         edits_sha256=gathered.sha256,
     )

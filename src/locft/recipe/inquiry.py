@@ -143,7 +143,7 @@ def evaluate(
         edits=describe_edits(gathered, len(warnings)),
         protocol=describe_protocol(config.format),
         scores_before=before,
-        scores=score(gathered.edits, answers, base_answers, drift and drift.overall),
+        scores=score(gathered.edits, answers, base_answers, drift.overall if drift else None),
         drift=None if drift is None else describe_drift(text, drift),
         eval_s=watch.wall_s,
         peak_memory_bytes=peak_memory_bytes(device),
