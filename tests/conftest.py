@@ -25,7 +25,8 @@ CORPUS = (
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|stop|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+    "'<|stop|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -92,7 +93,8 @@ def save_model(
 
     def save(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
         folder = tmp_path_factory.mktemp("model")
-        make_model(config).to(dtype).save_pretrained(folder, **options)
+        model: Any = make_model(config)
+        model.to(dtype).save_pretrained(folder, **options)
         tokenizer.save_pretrained(folder)
         return folder
 

@@ -200,17 +200,12 @@ def _what_is_kept(words: argparse.Namespace) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' bars and notices off the terminal; errors still come through."""
+    """Keep other libraries' notices off stderr, and their bars, too, where it is no terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
 
 
 def _print_json(value: dict[str, Any]) -> None:
