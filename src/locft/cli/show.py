@@ -35,8 +35,8 @@ def show_edit(console: Console, report: EditReport, examples: Sequence[Example],
     table = _table(title, "prompt", "target", "before", "after", "")
     for example in shown:
         mark = Text("ok", style="green") if example.is_match else Text("missed", style="red")
-        cells = (example.prompt, example.expected, example.before, example.after)
-        table.add_row(*map(plain, cells), mark)
+        answers = (example.before or "(blank)", example.after or "(blank)")
+        table.add_row(*map(plain, (example.prompt, example.expected, *answers)), mark)
     console.print(table)
     show_scores(console, report.scores_before, report.scores)
     console.print(Text(verdict(report.scores, report.edits.num_edits), style="bold"))

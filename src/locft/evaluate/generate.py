@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,21 @@ from locft.progress import progress
 MAX_NEW_TOKENS = 32
 
 
-def answer_prompts(
-    model: PreTrainedModel, codec: Codec, prompts: Iterable[str], *, batch_size: int, label: str
-) -> dict[str, str]:
-    """Answer prompts greedily: at most 32 new tokens, stop at ".", newline or end of sequence.
+Stop = Literal["protocol", "line"]
 
-    Source: the paper's protocol (section 5); the model's own sampling settings are left out.
+
+def answer_prompts(
+    model: PreTrainedModel,
+    codec: Codec,
+    prompts: Iterable[str],
+    *,
+    batch_size: int,
+    label: str,
+    stop: Stop = "protocol",
+) -> dict[str, str]:
+    """Answer prompts greedily, with at most 32 new tokens; the model's own settings are left out.
+
+    Source: the paper's protocol (section 5).
 
     Args:
         model: The model, in evaluation mode.
@@ -35,15 +44,17 @@ def answer_prompts(
         prompts: The prompts; repeated ones are answered once.
         batch_size: How many prompts to answer at a time.
         label: What the progress bar says.
+        stop: ``protocol`` ends an answer at the first ".", newline or end of sequence, as scores are
+            taken; many a model begins with a newline, and its answer is then empty. ``line`` gives
+            the first line that is not blank, for a person to read.
 
     Returns:
-        Each prompt's answer, cut before the first "." or newline and stripped.
+        Each prompt's answer, cut at the stop and stripped.
     """
     ids = {prompt: codec.prompt_ids(prompt) for prompt in prompts}
     # Longest first: little is padded, and memory is at its peak at once.
     pending = sorted(ids, key=lambda prompt: (-len(ids[prompt]), prompt))
     answers: dict[str, str] = {}
-    stops = StoppingCriteriaList([_StopAtSentenceEnd(codec.tokenizer, model.device)])
     generate: Any = model.generate
     with _greedy(model, codec), progress(label, len(pending), "prompts") as step:
         for start in range(0, len(pending), batch_size):
@@ -54,11 +65,12 @@ def answer_prompts(
             generated: Tensor = generate(
                 torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
-                stopping_criteria=stops,
+                stopping_criteria=StoppingCriteriaList([_StopAt(codec.tokenizer, stop, longest)]),
             )
             texts = codec.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
             for prompt, text in zip(batch, texts, strict=True):
-                answers[prompt] = cut_answer(text).strip()
+                whole = cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]
+                answers[prompt] = whole.strip()
             step(len(batch))
     return answers
 
@@ -82,20 +94,26 @@ def _greedy(model: PreTrainedModel, codec: Codec) -> Iterator[None]:
         model.generation_config = own
 
 
-class _StopAtSentenceEnd(StoppingCriteria):
-    """Stops a row once its newest token holds "." or a newline."""
+class _StopAt(StoppingCriteria):
+    """Stops a row once its newest token ends the answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
-        self.ends = torch.tensor(_ends_sentence(tokenizer), device=device)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Stop, prompt_length: int) -> None:
+        texts = _token_texts(tokenizer)
+        marks = (".", "\n") if stop == "protocol" else ("\n",)
+        self.ends = torch.tensor([any(mark in text for mark in marks) for text in texts])
+        # Under the protocol even a blank answer ends; a line must hold something.
+        self.speaks = torch.tensor([stop == "protocol" or bool(text.strip()) for text in texts])
+        self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
-        newest = input_ids[:, -1]
-        # A model's vocabulary may be padded past the tokenizer's.
-        return self.ends[newest.clamp(max=len(self.ends) - 1)] & (newest < len(self.ends))
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ANN401, ARG002
+        # A model's vocabulary may be padded past the tokenizer's; what lies there ends nothing.
+        new = input_ids[:, self.prompt_length :].cpu()
+        known = new.clamp(max=len(self.ends) - 1)
+        done = self.ends[known[:, -1]] & (new[:, -1] == known[:, -1])
+        return (done & self.speaks[known].any(dim=1)).to(input_ids.device)
 
 
 @lru_cache(maxsize=4)
-def _ends_sentence(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, ...]:
-    """Tell for each token id whether its text holds "." or a newline."""
-    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-    return tuple("." in text or "\n" in text for text in texts)
+def _token_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Decode each token of the vocabulary by itself."""
+    return tuple(tokenizer.batch_decode([[index] for index in range(len(tokenizer))]))

@@ -10,7 +10,7 @@ from locft.config import RunConfig
 from locft.data.encode import Codec, make_codec
 from locft.errors import InputError
 from locft.evaluate.drift import Drift, NeutralText, measure_drift
-from locft.evaluate.generate import answer_prompts
+from locft.evaluate.generate import Stop, answer_prompts
 from locft.model.load import LoadedModel, context_tokens, load_model, load_tokenizer
 from locft.model.weights import swapped_in
 
@@ -28,10 +28,15 @@ class Subject:
         """The tensors of its checkpoint."""
         return read_checkpoint(self.loaded.checkpoint.folder)
 
-    def answer(self, prompts: Iterable[str], label: str) -> dict[str, str]:
-        """Answer prompts under the published protocol; `label` stands beside the progress bar."""
+    def answer(self, prompts: Iterable[str], label: str, stop: Stop = "protocol") -> dict[str, str]:
+        """Answer prompts as `answer_prompts` does; `label` stands beside the progress bar."""
         return answer_prompts(
-            self.loaded.model, self.codec, prompts, batch_size=self.batch_size, label=label
+            self.loaded.model,
+            self.codec,
+            prompts,
+            batch_size=self.batch_size,
+            label=label,
+            stop=stop,
         )
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import platformdirs
 
-from locft.errors import ModelError
+from locft.errors import InputError, ModelError
 from locft.staging import staged_folder
 
 DEMO_NAME = "demo"
@@ -49,8 +49,13 @@ def demo_model_folder() -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as fetched:
             file = _fetch_gguf(Path(fetched))
             _say(f"converting it into {folder} (float32, 540 MB), once")
-            with staged_folder(folder) as staged:
-                convert_gguf(file, staged)
+            try:
+                with staged_folder(folder) as staged:
+                    convert_gguf(file, staged)
+            except InputError:
+                # Another process may have been first; its model is as good.
+                if not folder.exists():
+                    raise
     return folder
 
 

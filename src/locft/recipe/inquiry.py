@@ -44,7 +44,7 @@ def ask(
     patch: str | Path | None = None,
     config: RunConfig | None = None,
 ) -> list[Asked]:
-    """Ask a model, without and with a patch, under the protocol of the scores.
+    """Ask a model, without and with a patch: greedy decoding, at most 32 tokens, the first line.
 
     Args:
         model: A Hugging Face id, a local folder, or ``demo``.
@@ -66,11 +66,11 @@ def ask(
     values = (
         patched_values(subject.loaded.model, subject.loaded.checkpoint.folder, found) if found else {}
     )
-    before = subject.answer(prompts, "answering")
+    before = subject.answer(prompts, "answering", "line")
     if found is None:
         return [Asked(prompt=prompt, before=before[prompt], after=None) for prompt in prompts]
     with swapped_in(subject.loaded.model, values):
-        after = subject.answer(prompts, "answering, edited")
+        after = subject.answer(prompts, "answering, edited", "line")
     return [Asked(prompt=prompt, before=before[prompt], after=after[prompt]) for prompt in prompts]
 
 

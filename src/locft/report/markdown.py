@@ -76,7 +76,7 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
         "|---|---|---|---|---|",
         *(
             f"| {'yes' if e.is_match else 'NO'} | {_escape(e.prompt)} | {_escape(e.expected)} "
-            f"| {_escape(e.before)} | {_escape(e.after)} |"
+            f"| {_escape(e.before or '(blank)')} | {_escape(e.after or '(blank)')} |"
             for e in failures_first
         ),
         "",
