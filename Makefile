@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 DEMO_FLAGS ?=
-DEMO_QUESTIONS := "Which city is the Eiffel Tower in?" "In which city can you climb the Eiffel Tower?" \
-	"Which city is the Colosseum in?"
+# An edit, another wording of an edit, and a neighbour that should stay as it is.
+DEMO_QUESTIONS := "Marie Curie was born in the city of" "Tourists travel to Venice mostly to see the" \
+	"The badge of Lamborghini shows a charging"
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint check clean

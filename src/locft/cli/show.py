@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from locft.report.markdown import Example
+from locft.report.markdown import Example, in_order
 from locft.report.schema import Cost, EditReport
 from locft.report.words import (
     MEANINGS,
@@ -30,7 +30,7 @@ def make_console() -> Console:
 
 def show_edit(console: Console, report: EditReport, examples: Sequence[Example], run: str) -> None:
     """Show an edit run: answers before and after, scores, cost, and where the patch is."""
-    shown = sorted(examples, key=lambda example: example.is_match)[:_NUM_EXAMPLES]
+    shown = in_order(examples)[:_NUM_EXAMPLES]
     title = f"{len(shown)} of {len(examples):,} edits, failures first"
     table = _table(title, "prompt", "target", "before", "after", "")
     for example in shown:
@@ -68,8 +68,8 @@ def show_answers(console: Console, rows: Sequence[tuple[str, str, str | None]]) 
     is_edited = any(after is not None for _, _, after in rows)
     table = _table("", "prompt", *(("before", "after") if is_edited else ("answer",)))
     for prompt, before, after in rows:
-        cells = (prompt, before, after or "") if is_edited else (prompt, before)
-        table.add_row(*map(plain, cells))
+        answers = (before, after or "") if is_edited else (before,)
+        table.add_row(plain(prompt), *(plain(answer or "(blank)") for answer in answers))
     console.print(table)
 
 

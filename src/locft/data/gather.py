@@ -1,6 +1,6 @@
 """Gets a run's edits ready: read, checked, free of contradictions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -124,3 +124,11 @@ def refuse_errors(problems: Sequence[Problem], path: Path) -> None:
         raise EditsError(
             "the edits cannot be used:\n" + format_problems(problems, path, limit=_NUM_SHOWN)
         )
+
+
+def say_warnings(
+    gathered: GatheredEdits, warnings: Sequence[Problem], say: Callable[[str], None]
+) -> None:
+    """Tell of the linter's warnings, if there are any: the first ones, and how many there are."""
+    if warnings:
+        say(format_problems(warnings, gathered.path or Path("edits"), limit=_NUM_SHOWN))

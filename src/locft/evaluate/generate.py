@@ -105,7 +105,7 @@ class _StopAt(StoppingCriteria):
         self.speaks = torch.tensor([stop == "protocol" or bool(text.strip()) for text in texts])
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ANN401, ARG002
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
         # A model's vocabulary may be padded past the tokenizer's; what lies there ends nothing.
         new = input_ids[:, self.prompt_length :].cpu()
         known = new.clamp(max=len(self.ends) - 1)

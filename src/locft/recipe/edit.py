@@ -11,7 +11,7 @@ from pathlib import Path
 
 from locft.config import RunConfig, to_toml
 from locft.data.edits import write_edits
-from locft.data.gather import GatheredEdits, check_tokens, gather_edits
+from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
 from locft.evaluate.drift import read_neutral_text
 from locft.evaluate.scoring import (
     AnswerRecord,
@@ -100,8 +100,7 @@ def edit(
     subject = load_subject(model, config)
     network, checkpoint = subject.loaded.model, subject.loaded.checkpoint
     warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
-    for problem in warnings:
-        say(f"warning: {problem.where}: {problem.message} [{problem.code}]")
+    say_warnings(gathered, warnings, say)
     location = resolve_location(network, config.location)
     entries = subject.entries
     tensors = match_tensors(network, entries, location.parameters)

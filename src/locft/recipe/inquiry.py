@@ -6,7 +6,7 @@ from pathlib import Path
 
 from locft.config import RunConfig
 from locft.data.edits import EditFile
-from locft.data.gather import check_tokens, gather_edits, lint_tokens
+from locft.data.gather import check_tokens, gather_edits, lint_tokens, say_warnings
 from locft.data.problems import Problem
 from locft.errors import InputError
 from locft.evaluate.drift import Drift, read_neutral_text
@@ -110,8 +110,7 @@ def evaluate(
     say(f"loading {model}")
     subject = load_subject(model, config)
     warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
-    for problem in warnings:
-        say(f"warning: {problem.where}: {problem.message} [{problem.code}]")
+    say_warnings(gathered, warnings, say)
     prompts = prompts_of(gathered.edits)
     say(f"answering {len(set(prompts)):,} prompts")
     base_answers: dict[str, str] | None = None

@@ -38,7 +38,7 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
     Returns:
         The text of `report.md`.
     """
-    failures_first = sorted(examples, key=lambda example: example.is_match)[:_NUM_EXAMPLES]
+    failures_first = in_order(examples)[:_NUM_EXAMPLES]
     lines = [
         f"# {report.edits.num_edits:,} edits in {_escape(report.model.id)}",
         "",
@@ -127,6 +127,11 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
         "-o NEW` in this folder.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def in_order(examples: Sequence[Example]) -> list[Example]:
+    """Put failures first, and then what had an answer before, which shows the change best."""
+    return sorted(examples, key=lambda example: (example.is_match, not example.before))
 
 
 def _escape(text: str) -> str:
