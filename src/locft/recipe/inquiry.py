@@ -25,7 +25,7 @@ from locft.provenance import (
     describe_protocol,
     peak_memory_bytes,
 )
-from locft.report.schema import SCHEMA_VERSION, EvalReport
+from locft.report.schema import SCHEMA_VERSION, EvalCost, EvalReport
 from locft.types import Edit
 
 
@@ -111,6 +111,7 @@ def evaluate(
     subject = load_subject(model, config)
     warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
     say_warnings(gathered, warnings, say)
+    watch.lap("load")
     prompts = prompts_of(gathered.edits)
     say(f"answering {len(set(prompts)):,} prompts")
     base_answers: dict[str, str] | None = None
@@ -129,6 +130,7 @@ def evaluate(
             unedited = load_subject(base, replace(config, revision=None))
             base_answers = unedited.answer(prompts, "answering, unedited")
             drift = drift_between(unedited, subject, text)
+    watch.lap("eval")
     before = None
     if base_answers is not None and drift is not None:
         before = score_unedited(gathered.edits, base_answers, drift.overall.num)
@@ -143,8 +145,12 @@ def evaluate(
         scores_before=before,
         scores=score(gathered.edits, answers, base_answers, drift.overall if drift else None),
         drift=None if drift is None else describe_drift(text, drift),
-        eval_s=watch.wall_s,
-        peak_memory_bytes=peak_memory_bytes(device),
+        cost=EvalCost(
+            load_s=watch.spent["load"],
+            eval_s=watch.spent["eval"],
+            wall_s=watch.wall_s,
+            peak_memory_bytes=peak_memory_bytes(device),
+        ),
         environment=describe_environment(device),
     )
     return report, list(answer_records(gathered.edits, answers, base_answers))

@@ -85,19 +85,25 @@ class DriftInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What the run cost.
+class EvalCost:
+    """What loading and scoring cost."""
+
+    load_s: float
+    eval_s: float
+    wall_s: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(EvalCost):
+    """What an edit run cost.
 
     `seconds_per_edit` is cache and training over the number of edits, as the paper counts it.
     """
 
     seconds_per_edit: float
-    load_s: float
     cache_s: float
     train_s: float
-    eval_s: float
-    wall_s: float
-    peak_memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +162,7 @@ class EvalReport:
     scores_before: Scores | None
     scores: Scores
     drift: DriftInfo | None
-    eval_s: float
-    peak_memory_bytes: int
+    cost: EvalCost
     environment: Environment
 
 
