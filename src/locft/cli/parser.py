@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from locft.config import choices_of, parse_setting, settings
 from locft.errors import ConfigError
@@ -34,9 +34,17 @@ examples:
 _STATUS = "exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where to read on, instead of printing all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"locft: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="locft",
         description=_DESCRIPTION,
         epilog=f"`locft COMMAND --help` explains a command. {_STATUS}.",

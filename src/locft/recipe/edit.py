@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from locft.evaluate.scoring import (
 )
 from locft.evaluate.subject import Subject, drift_of_values, load_subject
 from locft.model.load import context_tokens
-from locft.model.location import Location, resolve_location
+from locft.model.location import Location, parse_location, resolve_location
 from locft.model.split import split_model
 from locft.model.weights import match_tensors, swapped_in
 from locft.patch.format import (
@@ -92,6 +93,7 @@ def edit(
     run = Path(output)
     watch = Stopwatch()
     refuse_taken(run)
+    parse_location(config.location, num_layers=sys.maxsize)  # its spelling, before anything is loaded
     text = read_neutral_text(config.drift_text)
     gathered = gather_edits(edits, config.on_conflict)
 
