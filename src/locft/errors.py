@@ -10,7 +10,8 @@
     │   ├── ModelError          a model that cannot be loaded, or is refused with its reason
     │   ├── PatchError          a patch that is damaged, or does not belong to this model
     │   └── MissingExtraError   an optional dependency is not installed
-    └── TrainingError           training cannot go on (a non-finite loss, gradient or weight)
+    ├── TrainingError           training cannot go on (a non-finite loss, gradient or weight)
+    └── EvaluationError         a model cannot be measured (its predictions are not finite)
 
 A message says what is wrong, where, what was expected, and what to do about it.
 """
@@ -57,3 +58,7 @@ class MissingExtraError(InputError):
 
 class TrainingError(LocftError):
     """Training cannot go on: a loss, gradient or weight is not finite."""
+
+
+class EvaluationError(LocftError):
+    """A model cannot be measured: its predictions are not finite."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from locft.errors import InputError
+from locft.errors import EvaluationError, InputError
 from locft.evaluate.metrics import mean_per_token
 from locft.progress import progress
 from locft.types import Figure
@@ -94,7 +96,7 @@ def read_neutral_text(path: str | None) -> NeutralText:
             if line.strip()
         ]
     else:
-        blocks = text.replace("\r\n", "\n").split("\n\n")
+        blocks = re.split(r"\n[^\S\n]*\n", text.replace("\r\n", "\n"))
         passages = [Passage(kind="text", text=block.strip()) for block in blocks if block.strip()]
     if not passages:
         raise InputError(f"drift text {path} holds no passage")
@@ -159,15 +161,18 @@ def _kl_sum(before: Tensor, after: Tensor) -> float:
     """Sum KL(before || after) over positions; both (T, V) logits."""
     expected = torch.log_softmax(before.float(), dim=-1)
     got = torch.log_softmax(after.float(), dim=-1)
-    # Rounding may leave a hair under zero.
-    total = torch.nn.functional.kl_div(got, expected, reduction="sum", log_target=True)
-    return max(0.0, float(total))
+    total = torch.nn.functional.kl_div(got, expected, reduction="sum", log_target=True).item()
+    if not math.isfinite(total):
+        raise EvaluationError(
+            "drift cannot be measured: the model's predictions on neutral text are not finite"
+        )
+    return max(0.0, total)  # rounding may leave a hair under zero
 
 
 def _passage(line: str, place: str) -> Passage:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"drift text {place}: no JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise InputError(f'drift text {place}: expected an object with a "text"')

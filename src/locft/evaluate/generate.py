@@ -65,7 +65,9 @@ def answer_prompts(
             generated: Tensor = generate(
                 torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
-                stopping_criteria=StoppingCriteriaList([_StopAt(codec.tokenizer, stop, longest)]),
+                stopping_criteria=StoppingCriteriaList(
+                    [_StopAt(codec.tokenizer, stop, longest, model.device)]
+                ),
             )
             texts = codec.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
             for prompt, text in zip(batch, texts, strict=True):
@@ -97,20 +99,22 @@ def _greedy(model: PreTrainedModel, codec: Codec) -> Iterator[None]:
 class _StopAt(StoppingCriteria):
     """Stops a row once its newest token ends the answer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Stop, prompt_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Stop, prompt_length: int, device: torch.device
+    ) -> None:
         texts = _token_texts(tokenizer)
         marks = (".", "\n") if stop == "protocol" else ("\n",)
-        self.ends = torch.tensor([any(mark in text for mark in marks) for text in texts])
+        ends = [any(mark in text for mark in marks) for text in texts]
         # Under the protocol even a blank answer ends; a line must hold something.
-        self.speaks = torch.tensor([stop == "protocol" or bool(text.strip()) for text in texts])
+        speaks = [stop == "protocol" or bool(text.strip()) for text in texts]
+        # A model's vocabulary may be padded past the tokenizer's; what lies there does neither.
+        self.ends = torch.tensor([*ends, False], device=device)
+        self.speaks = torch.tensor([*speaks, False], device=device)
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
-        # A model's vocabulary may be padded past the tokenizer's; what lies there ends nothing.
-        new = input_ids[:, self.prompt_length :].cpu()
-        known = new.clamp(max=len(self.ends) - 1)
-        done = self.ends[known[:, -1]] & (new[:, -1] == known[:, -1])
-        return (done & self.speaks[known].any(dim=1)).to(input_ids.device)
+        new = input_ids[:, self.prompt_length :].clamp(max=len(self.ends) - 1)
+        return self.ends[new[:, -1]] & self.speaks[new].any(dim=1)
 
 
 @lru_cache(maxsize=4)
