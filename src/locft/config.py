@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import math
+import sys
 import tomllib
 import types
 import typing
@@ -23,9 +23,10 @@ def _setting(
     *,
     over: float | None = None,
     least: float | None = None,
+    most: float | None = None,
 ) -> Any:
-    """Declare a setting with what its flag's help says, and its exclusive or inclusive lower bound."""
-    metadata = {"help": help, "group": group, "over": over, "least": least}
+    """Declare a setting with what its flag's help says, and its bounds (`over` is exclusive)."""
+    metadata = {"help": help, "group": group, "over": over, "least": least, "most": most}
     return field(default=default, metadata=metadata)
 
 
@@ -61,7 +62,9 @@ class RunConfig:
         "average over each edit's target tokens first (sample) or over all of a batch's (token)",
         "method",
     )
-    seed: int = _setting(0, "names the order of the edits in every epoch", "method", least=0)
+    seed: int = _setting(
+        0, "names the order of the edits in every epoch", "method", least=0, most=2**64 - 1
+    )
     on_conflict: Literal["error", "keep-last", "keep-first"] = _setting(
         "error", "what to do with edits that contradict each other", "edits"
     )
@@ -81,7 +84,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            _check(setting, _types()[setting.name], getattr(self, setting.name))
+            kinds, value = _members(_types()[setting.name]), getattr(self, setting.name)
+            _check(setting, kinds, value)
+            if float in kinds and type(value) is int:  # TOML, and people, write 1 for 1.0
+                object.__setattr__(self, setting.name, float(value))
 
 
 def settings() -> tuple[Field[Any], ...]:
@@ -110,7 +116,7 @@ def parse_setting(name: str, text: str) -> Any:
                 continue
             break
     setting = next(setting for setting in settings() if setting.name == name)
-    _check(setting, _types()[name], value)
+    _check(setting, _members(_types()[name]), value)
     return value
 
 
@@ -131,7 +137,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or numbers without end
         raise ConfigError(f"{path} is no TOML file: {error}") from error
     try:
         return with_settings(base or RunConfig(), values)
@@ -151,19 +157,14 @@ def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown setting {key!r}: {advice}")
-    # TOML writes 1 for 1.0.
-    exact: dict[str, Any] = {
-        key: float(value) if type(value) is int and int not in _members(_types()[key]) else value
-        for key, value in values.items()
-    }
-    return replace(config, **exact)
+    return replace(config, **values)
 
 
 def to_toml(config: RunConfig) -> str:
     """Write settings as a run file that `read_config` reads back."""
     lines = [
-        # JSON's escapes are TOML's, too.
-        f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        # JSON's escapes are TOML's, too; but TOML wants DEL escaped as well.
+        f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
         for name, value in asdict(config).items()
         if value is not None
     ]
@@ -179,22 +180,37 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _check(setting: Field[Any], annotation: Any, value: Any) -> None:
+def _check(setting: Field[Any], kinds: tuple[Any, ...], value: Any) -> None:
     expected: list[str] = []
-    for kind in _members(annotation):
+    for kind in kinds:
         if typing.get_origin(kind) is Literal:
             words = typing.get_args(kind)
             if value in words:
                 return
             expected.extend(words)
+        elif kind in (int, float):
+            wanted = _wanted_number(setting, kind, value)
+            if wanted is None:
+                return
+            expected.append(wanted)
         elif type(value) is kind:
-            over, least = setting.metadata["over"], setting.metadata["least"]
-            if over is None and least is None:
-                return
-            if math.isfinite(value) and (value > over if least is None else value >= least):
-                return
-            bound = f"over {over}" if least is None else f"of at least {least}"
-            expected.append(f"a {'whole ' if kind is int else ''}number {bound}")
-        elif kind is not type(None):
-            expected.append({int: "a whole number", float: "a number", str: "text"}[kind])
+            return
+        elif kind is str:
+            expected.append("text")
     raise ConfigError(f"{setting.name} is {value!r}: expected {' or '.join(expected)}")
+
+
+def _wanted_number(setting: Field[Any], kind: type, value: Any) -> str | None:
+    """Say which number was wanted; None if the value is one."""
+    noun = "a whole number" if kind is int else "a number"
+    if not (type(value) is int or (kind is float and type(value) is float)):
+        return noun
+    over, least, most = (setting.metadata[key] for key in ("over", "least", "most"))
+    endless = kind is float and not abs(value) <= sys.float_info.max  # true for NaN, too
+    if over is not None and (endless or value <= over):
+        return f"{noun} over {over}"
+    if least is not None and (endless or value < least):
+        return f"{noun} of at least {least}"
+    if most is not None and value > most:
+        return f"{noun} of at most {most}"
+    return None

@@ -4,15 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from locft.data.edits import EditFile, edits_sha256, read_edits
-from locft.data.encode import Codec
 from locft.data.lint import Measured, lint, resolve_conflicts
 from locft.data.problems import Problem, format_problems
 from locft.errors import EditsError
 from locft.progress import progress
 from locft.types import Edit
+
+if TYPE_CHECKING:  # so that reading and linting need no transformers
+    from locft.data.encode import Codec
 
 DEMO_NAME = "demo"
 _NUM_SHOWN = 20
@@ -89,7 +91,7 @@ def read_source(source: str | Path | Sequence[Edit]) -> EditFile:
 
 
 def check_tokens(
-    gathered: GatheredEdits, codec: Codec, max_context_tokens: int | None
+    gathered: GatheredEdits, codec: "Codec", max_context_tokens: int | None
 ) -> tuple[Problem, ...]:
     """Check what needs the model's tokenizer, too.
 
@@ -107,7 +109,7 @@ def check_tokens(
     return tuple(dict.fromkeys((*gathered.warnings, *problems)))
 
 
-def lint_tokens(file: EditFile, codec: Codec, max_context_tokens: int | None) -> tuple[Problem, ...]:
+def lint_tokens(file: EditFile, codec: "Codec", max_context_tokens: int | None) -> tuple[Problem, ...]:
     """Report all problems of an edits file, those that a model's tokenizer makes included."""
     with progress("tokenising", len(file.edits), "edits") as step:
 
