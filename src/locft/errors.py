@@ -17,6 +17,12 @@ A message says what is wrong, where, what was expected, and what to do about it.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, or the error's name if it has none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
 class LocftError(Exception):
     """Base of all errors that locft raises on purpose."""
 

@@ -18,7 +18,7 @@ PromptFormat = Literal["raw", "chat"]
 
 # How the Unicode names of the letters and punctuation of scripts without spaces begin.
 _UNSPACED = (
-    *("CJK ", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO"),
+    *("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO"),
     *("THAI", "LAO ", "KHMER", "MYANMAR", "TIBETAN"),
 )
 
@@ -64,14 +64,8 @@ class Codec:
         ids = self._without_eos(tokens["input_ids"])
         # A token that straddles the border is target: what it spells can only be learnt whole.
         # Special tokens that the tokenizer adds in front have the empty span (0, 0).
-        start = next(
-            (
-                index
-                for index, (begin, end) in enumerate(tokens["offset_mapping"][: len(ids)])
-                if end > len(text) or (begin == end and begin >= len(text))
-            ),
-            len(ids),
-        )
+        spans = tokens["offset_mapping"][: len(ids)]
+        start = next((i for i, (_, end) in enumerate(spans) if end > len(text)), len(ids))
         if start == len(ids) or start == 0:
             what = "target gives no token" if start else "prompt gives no token before the target"
             raise EditsError(f"edit {edit.id} ({edit.source}): the {what} in this model's vocabulary")

@@ -1,6 +1,6 @@
 """Gets a run's edits ready: read, checked, free of contradictions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -84,10 +84,23 @@ def read_source(source: str | Path | Sequence[Edit]) -> EditFile:
     edits = tuple(
         replace(edit, source=edit.source or f"edit [{index}]") for index, edit in enumerate(source)
     )
-    problems: tuple[Problem, ...] = ()
-    if not edits:
-        problems = (Problem("error", "no-records", "", "there are no edits"),)
+    problems = tuple(_problems_in_memory(edits))
     return EditFile(path=Path("edits"), format="python", edits=edits, problems=problems, sha256="")
+
+
+def _problems_in_memory(edits: Sequence[Edit]) -> Iterator[Problem]:
+    """Hold edits that were given directly to the rules that files are held to."""
+    if not edits:
+        yield Problem("error", "no-records", "", "there are no edits")
+    places: dict[str, str] = {}
+    for edit in edits:
+        for name, text in (("prompt", edit.prompt), ("target", edit.target)):
+            if not text.strip():
+                yield Problem("error", "empty-field", edit.source, f"`{name}` is empty")
+        if edit.id in places:
+            message = f"has the id {edit.id!r} of {places[edit.id]}: ids must differ"
+            yield Problem("error", "duplicate-id", edit.source, message)
+        places.setdefault(edit.id, edit.source)
 
 
 def check_tokens(

@@ -6,7 +6,7 @@ Imports neither torch nor transformers, so that commands that only copy files st
 from dataclasses import dataclass
 from pathlib import Path
 
-from locft.errors import ModelError
+from locft.errors import ModelError, first_line
 from locft.model.demo import DEMO_NAME, demo_model_folder
 
 _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -77,8 +77,7 @@ def _download(name: str, revision: str | None, weights: bool) -> CheckpointFolde
             "name and the network, or give the path of a model folder"
         ) from error
     except Exception as error:  # the Hub client raises errors of several libraries
-        first = str(error).strip().splitlines()
-        raise ModelError(
-            f"model {name!r} cannot be fetched: {first[0] if first else type(error).__name__}"
-        ) from error
+        raise ModelError(f"model {name!r} cannot be fetched: {first_line(error)}") from error
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name!r} is no model: it holds no config.json")
     return CheckpointFolder(name=name, folder=folder, revision=folder.name)

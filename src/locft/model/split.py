@@ -92,8 +92,8 @@ class Split:
             for layer, length in zip(
                 self.layers.modules[: self.layer], self.tuple_lengths, strict=False
             ):
+                undo.callback(_restore_forward, layer, vars(layer).get("forward"))
                 layer.forward = _pass_through(length)
-                undo.callback(delattr, layer, "forward")
             tuned = self.layers.modules[self.layer]
             handle = tuned.register_forward_pre_hook(put_in, with_kwargs=True)
             undo.callback(handle.remove)
@@ -151,6 +151,8 @@ def split_model(model: PreTrainedModel, layer: int) -> Split:
     columns = torch.tensor([1, longest - 1, shorter - 1], device=device)
     with torch.no_grad():
         hidden = split.prefix(ids)
+        # State that a layer keeps for a later one must not happen to fit the probe.
+        split.prefix(ids.flip(0))
         with split.tail() as tail:
             logits = tail(ids, hidden, rows, columns)
     scale = full.abs().max().item()
@@ -163,6 +165,14 @@ def split_model(model: PreTrainedModel, layer: int) -> Split:
         name, "right padding changes its logits", alone[0, -1], full[1, shorter - 1], 10 * tolerance
     )
     return split
+
+
+def _restore_forward(layer: nn.Module, own: Callable[..., Any] | None) -> None:
+    # Other libraries' hooks may have given the layer a forward of its own.
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
 
 
 def _pass_through(tuple_length: int) -> Callable[..., Any]:

@@ -137,5 +137,5 @@ def in_order(examples: Sequence[Example]) -> list[Example]:
 def _escape(text: str) -> str:
     """Let any text stand in a table cell as what it is."""
     flat = "".join(c if c.isprintable() else " " for c in text)
-    flat = re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", flat)
+    flat = re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", flat)
     return flat if len(flat) <= 200 else flat[:199] + "…"

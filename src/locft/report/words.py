@@ -45,7 +45,7 @@ def bytes_text(num: int) -> str:
     """Word a size: ``3.5 MB``."""
     size = float(num)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
+        if size < 999.95 or unit == "GB":  # else it would be worded as 1000.0
             break
         size /= 1000
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -53,7 +53,7 @@ def bytes_text(num: int) -> str:
 
 def seconds_text(seconds: float) -> str:
     """Word a duration: ``2.1 s``, ``3 min 05 s``, ``1 h 02 min``."""
-    if seconds < 60:
+    if seconds < 59.95:  # else it would be worded as 60.0
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

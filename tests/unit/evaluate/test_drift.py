@@ -1,0 +1,254 @@
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, tiny_llama_config
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from locft.errors import InputError, LocftError
+from locft.evaluate.drift import (
+    Drift,
+    Forward,
+    NeutralText,
+    Passage,
+    measure_drift,
+    read_neutral_text,
+)
+from locft.evaluate.metrics import mean_per_token
+from locft.types import Figure
+
+PASSAGES = (
+    Passage(kind="prose", text="The capital of France is Paris."),
+    Passage(kind="prose", text="Where does the river begin? " * 20),
+    Passage(kind="code", text="x = play(chess)"),
+    Passage(kind="code", text="a"),  # one token: nothing in it is predicted
+    Passage(kind="talk", text="What sport does she play? tennis"),
+    Passage(kind="talk", text=""),
+)
+CPU = torch.device("cpu")
+
+
+def text_of(*passages: Passage) -> NeutralText:
+    return NeutralText(name="test", sha256="0", passages=passages)
+
+
+def forward_of(model: PreTrainedModel) -> Forward:
+    def forward(ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return forward
+
+
+def two_models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    models = make_model(tiny_llama_config(), 0), make_model(tiny_llama_config(), 1)
+    with torch.no_grad():
+        for model in models:  # predictions that are worth comparing
+            model.get_parameter("model.embed_tokens.weight").mul_(20)
+    return models
+
+
+def naive_kl(before: PreTrainedModel, after: PreTrainedModel, ids: list[int]) -> list[float]:
+    """KL at each position, over one unpadded passage, in float64."""
+    with torch.no_grad():
+        p = before(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
+        q = after(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
+    return [float((p[t] * (p[t].log() - q[t].log())).sum()) for t in range(len(ids) - 1)]
+
+
+def measured(before: Forward, after: Forward, tokenizer: Any, *passages: Passage) -> Drift:
+    return measure_drift(before, after, tokenizer, text_of(*passages), CPU)
+
+
+def test_drift_is_the_kl_of_each_passage_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = two_models()
+    drift = measured(forward_of(before), forward_of(after), tokenizer, *PASSAGES)
+    kls = {
+        passage: naive_kl(before, after, tokenizer(passage.text)["input_ids"])
+        for passage in (PASSAGES[0], PASSAGES[1], PASSAGES[2], PASSAGES[4])
+    }
+    everything = [kl for values in kls.values() for kl in values]
+    mean = sum(everything) / len(everything)
+    assert mean > 0.1
+    assert drift.overall.value == pytest.approx(mean, rel=1e-4)
+    assert drift.num_tokens == len(everything)
+    assert drift.overall.num == 4
+    reverse = measured(forward_of(after), forward_of(before), tokenizer, *PASSAGES).overall.value
+    assert reverse != pytest.approx(mean, rel=1e-2)  # KL has a direction
+
+
+def test_each_kind_has_its_own_mean_weighted_by_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = two_models()
+    drift = measured(forward_of(before), forward_of(after), tokenizer, *PASSAGES)
+    assert list(drift.by_kind) == ["code", "prose", "talk"]
+    sums, counts = [], []
+    for passage in PASSAGES[:2]:
+        kls = naive_kl(before, after, tokenizer(passage.text)["input_ids"])
+        sums.append(sum(kls))
+        counts.append(len(kls))
+    expected = mean_per_token(sums, counts)
+    prose = drift.by_kind["prose"]
+    assert (prose.value, prose.low, prose.high) == pytest.approx(
+        (expected.value, expected.low, expected.high), rel=1e-4
+    )
+    assert {kind: figure.num for kind, figure in drift.by_kind.items()} == {
+        "code": 1,
+        "prose": 2,
+        "talk": 1,
+    }
+
+
+def test_equal_models_do_not_drift(tokenizer: PreTrainedTokenizerBase) -> None:
+    forward = forward_of(two_models()[0])
+    drift = measured(forward, forward, tokenizer, *PASSAGES)
+    assert (drift.overall.value, drift.overall.low, drift.overall.high) == (0.0, 0.0, 0.0)
+
+
+def test_what_stands_at_padding_does_not_count(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = two_models()
+    lengths = [len(tokenizer(passage.text)["input_ids"]) for passage in PASSAGES]
+    shapes: list[tuple[int, ...]] = []
+
+    def spoilt(ids: Tensor) -> Tensor:
+        shapes.append(tuple(ids.shape))
+        logits = forward_of(after)(ids)
+        for row in range(len(ids)):
+            end = next(n for n in lengths if n > 1 and is_row(ids[row], n))
+            # The last token's prediction has nothing to be compared with; the rest is padding.
+            logits[row, end - 1 :] = float("nan")
+        return logits
+
+    def is_row(row: Tensor, length: int) -> bool:
+        rows = [tokenizer(passage.text)["input_ids"] for passage in PASSAGES]
+        return any(len(ids) == length and row[:length].tolist() == ids for ids in rows)
+
+    drift = measured(forward_of(before), spoilt, tokenizer, *PASSAGES)
+    clean = measured(forward_of(before), forward_of(after), tokenizer, *PASSAGES)
+    assert any(rows > 1 for rows, _ in shapes)  # or nothing would be padded
+    assert drift == clean
+
+
+def test_the_order_of_the_passages_only_orders_the_resampling(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    drift = measured(before, after, tokenizer, *PASSAGES)
+    again = measured(before, after, tokenizer, *reversed(PASSAGES))
+    assert again.overall.value == pytest.approx(drift.overall.value, rel=1e-6)
+    assert again.by_kind.keys() == drift.by_kind.keys()
+
+
+def test_a_long_passage_is_cut_and_few_tokens_are_passed_at_a_time(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def forward(ids: Tensor) -> Tensor:
+        shapes.append(tuple(ids.shape))
+        return torch.zeros(*ids.shape, 4)
+
+    short = [Passage(kind="s", text="chess " * 100) for _ in range(25)]
+    drift = measured(forward, forward, tokenizer, *short, Passage(kind="l", text="chess " * 3000))
+    assert max(length for _, length in shapes) == 1024
+    assert all(rows * length <= 1024 for rows, length in shapes)
+    assert sum(rows for rows, _ in shapes) == 2 * 26
+    lengths = [len(tokenizer(passage.text)["input_ids"]) - 1 for passage in short]
+    assert drift.num_tokens == 1023 + sum(lengths)
+
+
+def test_text_without_a_passage_of_two_tokens_gives_no_value(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    forward = forward_of(two_models()[0])
+    drift = measured(forward, forward, tokenizer, PASSAGES[3], PASSAGES[5])
+    assert drift.overall == Figure(value=None, num=0, reason="the text holds no passage of two tokens")
+    assert (drift.by_kind, drift.num_tokens) == ({}, 0)
+
+
+def test_a_model_that_predicts_no_numbers_is_not_reported_as_unmoved(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    before = forward_of(two_models()[0])
+
+    def broken(ids: Tensor) -> Tensor:
+        return torch.full_like(before(ids), float("nan"))
+
+    try:
+        drift = measured(before, broken, tokenizer, *PASSAGES)
+    except LocftError:
+        return
+    assert drift.overall.value != 0.0
+
+
+def test_the_packaged_text_holds_four_kinds_and_4000_tokens_of_any_tokenizer() -> None:
+    text = read_neutral_text(None)
+    assert text.name == "packaged"
+    kinds = Counter(passage.kind for passage in text.passages)
+    assert set(kinds) == {"encyclopedic", "narrative", "dialogue", "code"}
+    assert min(kinds.values()) >= 8
+    # No tokenizer in use joins words, so that there are as many tokens as words at least.
+    assert sum(len(passage.text.split()) for passage in text.passages) >= 4000
+    assert len({passage.text for passage in text.passages}) == len(text.passages)
+
+
+def test_plain_text_is_split_at_blank_lines(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    data = "\ufeffOne\nstill one.\r\n\r\nTwo ü.\n\n\n\n  Three\n".encode()
+    file.write_bytes(data)
+    text = read_neutral_text(str(file))
+    assert [passage.text for passage in text.passages] == ["One\nstill one.", "Two ü.", "Three"]
+    assert {passage.kind for passage in text.passages} == {"text"}
+    assert text.name == str(file)
+    assert text.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_line_of_spaces_is_a_blank_line(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("One.\n \t\nTwo.\n")
+    assert [passage.text for passage in read_neutral_text(str(file)).passages] == ["One.", "Two."]
+
+
+def test_jsonl_has_a_passage_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    first = {"text": "One\u2028still one", "kind": "odd", "more": 1}
+    file.write_text(json.dumps(first, ensure_ascii=False) + '\n\n{"text": "Two"}', "utf-8")
+    assert read_neutral_text(str(file)).passages == (
+        Passage(kind="odd", text="One\u2028still one"),
+        Passage(kind="text", text="Two"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.txt", b"", "holds no passage"),
+        ("a.txt", b"\n \n\n", "holds no passage"),
+        ("a.jsonl", b"\n", "holds no passage"),
+        ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.jsonl", b'{"text": "One"}\n{"text": "Tw', "line 2: no JSON"),
+        ("a.jsonl", b'{"text": "One"}\n\n"Two"', 'line 3: expected an object with a "text"'),
+        ("a.jsonl", b'{"txt": "One"}', 'line 1: expected an object with a "text"'),
+        ("a.jsonl", b'{"text": 1}', 'line 1: expected an object with a "text"'),
+        ("a.jsonl", b"[" * 100_000, "line 1"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
+    tmp_path: Path, name: str, data: bytes, said: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        read_neutral_text(str(file))
+    assert said in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            read_neutral_text(str(path))

@@ -1,0 +1,207 @@
+import math
+from statistics import NormalDist
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from locft.evaluate.metrics import (
+    generalization,
+    is_match,
+    locality,
+    mean_per_token,
+    reliability,
+    share,
+)
+from locft.types import Edit, Figure
+
+EDITS = (
+    Edit(
+        id="1",
+        prompt="The capital of Australia is",
+        target="Sydney",
+        rephrases=("Australia's capital:", "Capital of Australia?"),
+        locality=("The capital of Peru is",),
+    ),
+    Edit(id="2", prompt="Who wrote Hamlet?", target="the painter", locality=("Who wrote Emma?",)),
+)
+
+
+def bounds(figure: Figure) -> tuple[float, float, float]:
+    assert figure.value is not None
+    assert figure.low is not None
+    assert figure.high is not None
+    return figure.low, figure.value, figure.high
+
+
+def wilson_by_bisection(successes: int, num: int) -> tuple[float, float]:
+    """Find the shares that a score test at 5% just does not reject: Wilson's interval, by definition."""
+    z = NormalDist().inv_cdf(0.975)
+    p = successes / num
+
+    def is_rejected(share: float) -> bool:
+        return abs(p - share) > z * math.sqrt(share * (1 - share) / num)
+
+    def search(outside: float) -> float:
+        inside = p
+        for _ in range(200):
+            middle = (outside + inside) / 2
+            if is_rejected(middle):
+                outside = middle
+            else:
+                inside = middle
+        return inside
+
+    return search(0.0), search(1.0)
+
+
+@pytest.mark.parametrize(
+    ("successes", "num", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),  # z^2 / (n + z^2)
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (15, 148, 0.0624, 0.1605),  # Newcombe 1998
+        (1, 29, 0.0061, 0.1718),  # Newcombe 1998
+    ],
+)
+def test_a_share_has_its_published_wilson_interval(
+    successes: int, num: int, low: float, high: float
+) -> None:
+    figure = share(successes, num)
+    assert figure == Figure(value=successes / num, num=num, low=figure.low, high=figure.high)
+    assert bounds(figure) == pytest.approx((low, successes / num, high), abs=6e-5)
+
+
+@given(st.integers(1, 5000).flatmap(lambda num: st.tuples(st.integers(0, num), st.just(num))))
+def test_a_wilson_interval_is_what_a_score_test_does_not_reject(counts: tuple[int, int]) -> None:
+    low, value, high = bounds(share(*counts))
+    assert 0 <= low <= value <= high <= 1
+    assert (low, high) == pytest.approx(wilson_by_bisection(*counts), abs=1e-9)
+
+
+def test_the_ends_of_an_interval_are_exact_where_all_or_none_count() -> None:
+    for num in range(1, 300):
+        assert share(0, num).low == 0.0
+        assert share(num, num).high == 1.0
+
+
+def test_a_share_of_nothing_has_no_value_and_a_reason() -> None:
+    assert share(0, 0) == Figure(value=None, num=0, reason="the edits hold none")
+
+
+def test_a_mean_per_token_weighs_passages_by_their_tokens() -> None:
+    figure = mean_per_token([1.0, 90.0], [1, 9])
+    assert figure.value == pytest.approx(9.1)  # not the mean of the passages' means, 5.5
+    assert figure.num == 2
+    low, _, high = bounds(figure)
+    assert (low, high) == pytest.approx((1.0, 10.0))  # each passage alone is drawn often enough
+
+
+def test_a_bootstrap_interval_is_that_of_a_plain_loop_within_its_noise() -> None:
+    sums, counts = [3.0, 1.0, 8.0, 2.0, 6.0, 4.0], [3, 2, 4, 4, 2, 5]
+    low, value, high = bounds(mean_per_token(sums, counts))
+    # By enumeration: all 6^6 ways to draw six passages of six.
+    means = []
+    for code in range(6**6):
+        drawn = [code // 6**place % 6 for place in range(6)]
+        means.append(sum(sums[i] for i in drawn) / sum(counts[i] for i in drawn))
+    means.sort()
+    assert value == pytest.approx(24 / 20)
+    assert low == pytest.approx(means[int(0.025 * len(means))], abs=0.06)
+    assert high == pytest.approx(means[int(0.975 * len(means))], abs=0.06)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 1024)), min_size=1, max_size=30))
+def test_a_bootstrap_interval_is_deterministic_and_within_the_passages_means(
+    passages: list[tuple[float, int]],
+) -> None:
+    sums, counts = [total for total, _ in passages], [num for _, num in passages]
+    figure = mean_per_token(sums, counts)
+    assert mean_per_token(sums, counts) == figure
+    low, value, high = bounds(figure)
+    means = [total / num for total, num in passages]
+    slack = 1e-9 * max(means)
+    assert min(means) - slack <= low <= high <= max(means) + slack
+    assert min(means) - slack <= value <= max(means) + slack
+
+
+@given(st.floats(0, 100), st.lists(st.integers(1, 500), min_size=1, max_size=20))
+def test_constant_passages_have_an_interval_of_no_width(rate: float, counts: list[int]) -> None:
+    figure = mean_per_token([rate * num for num in counts], counts)
+    assert bounds(figure) == pytest.approx((rate, rate, rate))
+
+
+def test_a_mean_over_no_passage_has_no_value_and_a_reason() -> None:
+    figure = mean_per_token([], [])
+    assert (figure.value, figure.num) == (None, 0)
+    assert figure.reason
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Paris", "paris"),
+        (" The  Eiffel\tTower!", "eiffel tower"),
+        ("New York. It is large", "New York"),
+        ("New York\nQ: next", "the New York"),
+        ("an apple", "Apple"),
+        ("O'Neill", "oneill"),
+        ("Zürich", "zürich"),
+    ],
+)
+def test_answers_match_up_to_case_punctuation_articles_and_what_follows_the_sentence(
+    answer: str, expected: str
+) -> None:
+    assert is_match(answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Paris, France", "Paris"),
+        ("Pari", "Paris"),
+        ("", "Paris"),
+        (". Paris", "Paris"),
+        ("\nParis", "Paris"),
+        ("York New", "New York"),
+        ("Zurich", "Zürich"),
+        ("St", "St. Petersburg"),  # the expected text is not cut
+    ],
+)
+def test_other_answers_do_not_match(answer: str, expected: str) -> None:
+    assert not is_match(answer, expected)
+
+
+def test_reliability_and_generalization_count_answers_that_match_the_target() -> None:
+    answers = {
+        "The capital of Australia is": "sydney",
+        "Who wrote Hamlet?": "A painter of note",
+        "Australia's capital:": "Sydney. Yes",
+        "Capital of Australia?": "Canberra",
+    }
+    assert reliability(EDITS, answers) == share(1, 2)
+    assert generalization(EDITS, answers) == share(1, 2)
+    answers["Who wrote Hamlet?"] = "Painter"
+    answers["Capital of Australia?"] = "SYDNEY!"
+    assert reliability(EDITS, answers) == share(2, 2)
+    assert generalization(EDITS, answers) == share(2, 2)
+
+
+def test_locality_compares_with_the_unedited_models_answers_not_with_the_target() -> None:
+    before = {"The capital of Peru is": "Lima", "Who wrote Emma?": "no idea"}
+    after = {"The capital of Peru is": "Sydney", "Who wrote Emma?": "No idea!"}
+    assert locality(EDITS, after, before) == share(1, 2)
+    assert locality(EDITS, before, before) == share(2, 2)
+
+
+def test_a_prompt_that_two_edits_name_counts_twice() -> None:
+    edits = [Edit(id=str(i), prompt=f"p{i}", target="t", locality=("same",)) for i in range(2)]
+    assert locality(edits, {"same": "x"}, {"same": "x"}) == share(2, 2)
+
+
+def test_edits_without_rephrases_and_locality_prompts_have_no_such_scores() -> None:
+    edits = [Edit(id="1", prompt="p", target="t")]
+    for figure in (generalization(edits, {"p": "t"}), locality(edits, {"p": "t"}, {"p": "t"})):
+        assert (figure.value, figure.num, figure.low, figure.high) == (None, 0, None, None)
+        assert figure.reason

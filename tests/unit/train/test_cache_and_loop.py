@@ -1,0 +1,457 @@
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, tiny_llama_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from locft.config import RunConfig
+from locft.data.encode import Encoded
+from locft.errors import TrainingError
+from locft.model.location import Location, resolve_location
+from locft.model.split import Split, split_model
+from locft.train import cache as cache_module
+from locft.train import loop
+from locft.train.cache import PrefixCache, build_cache
+from locft.train.defaults import choose_schedule
+from locft.train.loop import Epoch, Schedule, Trained, train_breadth_first
+from locft.train.objective import LossMean, target_loss
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+# Prompt and target lengths that differ, among them the shortest there may be.
+LENGTHS = ((5, 3), (2, 1), (9, 4), (1, 2), (6, 2), (3, 5), (4, 1))
+
+
+def make_examples() -> tuple[Encoded, ...]:
+    generator = torch.Generator().manual_seed(3)
+    return tuple(
+        Encoded(
+            ids=tuple(torch.randint(3, 384, (before + targets,), generator=generator).tolist()),
+            target_start=before,
+        )
+        for before, targets in LENGTHS
+    )
+
+
+EXAMPLES = make_examples()
+
+
+def schedule(**options: Any) -> Schedule:
+    values: dict[str, Any] = {
+        "lr": 3e-3,
+        "batch_size": 3,
+        "epochs": 5,
+        "stop_loss": 0.0,
+        "loss_mean": "sample",
+        "seed": 7,
+        **options,
+    }
+    return Schedule(**values)
+
+
+def prepare(model: PreTrainedModel, name: str = "1.mlp.down") -> tuple[Split, Location, PrefixCache]:
+    location = resolve_location(model, name)
+    split = split_model(model, location.layer)
+    return split, location, build_cache(split, EXAMPLES)
+
+
+def train(model: PreTrainedModel, name: str = "1.mlp.down", **options: Any) -> Trained:
+    return train_breadth_first(*prepare(model, name), schedule(**options))
+
+
+def losses(trained: Trained) -> list[float]:
+    return [epoch.loss for epoch in trained.epochs]
+
+
+# Cache
+
+
+def test_a_batch_points_at_each_target_and_the_position_before_it(tiny_model: PreTrainedModel) -> None:
+    _, _, cache = prepare(tiny_model)
+    batch = cache.batch([3, 0])
+    third, first = EXAMPLES[3].ids, EXAMPLES[0].ids  # 1 + 2 and 5 + 3 tokens
+    assert batch.ids.tolist() == [[*third, *batch.ids[0, 3:].tolist()], list(first)]
+    assert batch.ids.shape == (2, 8)
+    assert batch.rows.tolist() == [0, 0, 1, 1, 1]
+    assert batch.columns.tolist() == [0, 1, 4, 5, 6]
+    assert batch.labels.tolist() == [third[1], third[2], first[5], first[6], first[7]]
+    assert torch.equal(batch.hidden[0, :3], cache.hidden[3])
+    assert not batch.hidden[0, 3:].any()
+    assert torch.equal(batch.hidden[1], cache.hidden[0])
+
+
+@given(indices=st.lists(st.integers(0, len(EXAMPLES) - 1), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=30)
+def test_the_labels_of_any_batch_are_the_targets_in_order(indices: list[int]) -> None:
+    hidden = tuple(torch.full((len(example.ids), 2), float(i)) for i, example in enumerate(EXAMPLES))
+    batch = PrefixCache(EXAMPLES, hidden).batch(indices)
+    for row, index in enumerate(indices):
+        example = EXAMPLES[index]
+        mine = batch.rows == row
+        assert batch.labels[mine].tolist() == list(example.ids[example.target_start :])
+        follow = batch.ids[batch.rows[mine], batch.columns[mine] + 1]
+        assert torch.equal(follow, batch.labels[mine])
+        assert torch.equal(batch.hidden[row, : len(example.ids)], hidden[index])
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 12, 30, 4096])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_cache_holds_each_examples_prefix_as_if_it_ran_alone(
+    tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tokens_per_pass: int, layer: int
+) -> None:
+    monkeypatch.setattr(cache_module, "_TOKENS_PER_PASS", tokens_per_pass)
+    split = split_model(tiny_model, layer)
+    cache = build_cache(split, EXAMPLES)
+    assert cache.examples == EXAMPLES
+    for example, hidden in zip(EXAMPLES, cache.hidden, strict=True):
+        alone = split.prefix(torch.tensor([example.ids]))[0]
+        torch.testing.assert_close(hidden, alone, rtol=1e-6, atol=1e-6)
+        assert not hidden.requires_grad
+        # A view would keep the padded whole alive.
+        assert hidden.untyped_storage().nbytes() == hidden.nbytes
+
+
+def test_no_pass_of_the_prefix_exceeds_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_TOKENS_PER_PASS", 16)
+    sizes: list[int] = []
+
+    class Counting:
+        model = torch.nn.Linear(1, 1)
+
+        def prefix(self, ids: Tensor) -> Tensor:
+            sizes.append(ids.numel())
+            return torch.zeros(*ids.shape, 2)
+
+    split: Any = Counting()
+    build_cache(split, EXAMPLES)
+    assert max(sizes) <= 16
+    assert len(sizes) < len(EXAMPLES)
+
+
+# Objective
+
+
+@given(
+    counts=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+    mean=st.sampled_from(["sample", "token"]),
+)
+@settings(deadline=None)
+def test_the_loss_is_the_mean_that_it_is_called(counts: list[int], seed: int, mean: LossMean) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(sum(counts), 9, generator=generator, dtype=torch.float64) * 5
+    labels = torch.randint(0, 9, (sum(counts),), generator=generator)
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    singles = [
+        math.log(sum(math.exp(value) for value in line)) - line[label]
+        for line, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    per_sample, start = [], 0
+    for count in counts:
+        per_sample.append(sum(singles[start : start + count]) / count)
+        start += count
+    expected = sum(per_sample) / len(counts) if mean == "sample" else sum(singles) / len(singles)
+    got = target_loss(logits.float(), labels, rows, mean)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_the_loss_of_bf16_logits_is_computed_in_float32() -> None:
+    logits = torch.randn(4, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    arguments = (torch.arange(4), torch.tensor([0, 0, 0, 1]))
+    loss = target_loss(logits, *arguments, "sample")
+    assert torch.equal(loss, target_loss(logits.float(), *arguments, "sample"))
+
+
+# Loop
+
+
+def train_plainly(model: PreTrainedModel, plan: Schedule) -> list[float]:
+    """The same training from first principles: whole model, whole logits, labels by hand."""
+    model.requires_grad_(False)
+    matrix = model.get_parameter(DOWN).requires_grad_(True)
+    adam = torch.optim.Adam([matrix], lr=plan.lr)
+    shuffler = torch.Generator().manual_seed(plan.seed)
+    means = []
+    for _ in range(plan.epochs):
+        order = torch.randperm(len(EXAMPLES), generator=shuffler).tolist()
+        total = 0.0
+        while order:
+            batch, order = order[: plan.batch_size], order[plan.batch_size :]
+            longest = max(len(EXAMPLES[index].ids) for index in batch)
+            ids = torch.full((len(batch), longest), 2)
+            labels = torch.full((len(batch), longest), -100)
+            for row, index in enumerate(batch):
+                example = EXAMPLES[index]
+                ids[row, : len(example.ids)] = torch.tensor(example.ids)
+                targets = torch.tensor(example.ids[example.target_start :])
+                labels[row, example.target_start - 1 : len(example.ids) - 1] = targets
+            logits = model(input_ids=ids, use_cache=False).logits
+            each = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels, reduction="none", ignore_index=-100
+            )
+            counts = (labels != -100).sum(dim=1)
+            loss = (each.sum(dim=1) / counts).mean()
+            if plan.loss_mean == "token":
+                loss = each.sum() / counts.sum()
+            adam.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            total += loss.item() * len(batch)
+        means.append(total / len(EXAMPLES))
+    return means
+
+
+@pytest.mark.parametrize("loss_mean", ["sample", "token"])
+def test_training_equals_an_independent_plain_loop(loss_mean: LossMean) -> None:
+    plan = schedule(loss_mean=loss_mean)
+    model, plain_model = (make_model(tiny_llama_config()) for _ in range(2))
+    trained = train_breadth_first(*prepare(model), plan)
+    assert losses(trained) == pytest.approx(train_plainly(plain_model, plan), rel=1e-4)
+    assert losses(trained)[-1] < losses(trained)[0]
+    plain = plain_model.get_parameter(DOWN).detach()
+    torch.testing.assert_close(trained.matrices[DOWN], plain, rtol=1e-3, atol=1e-4)
+
+
+def test_both_loss_means_differ_on_targets_of_different_lengths() -> None:
+    # Otherwise the test above could not tell them apart.
+    results = [losses(train(make_model(tiny_llama_config()), loss_mean=m)) for m in ("sample", "token")]
+    assert results[0] != pytest.approx(results[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["1.mlp.down", "0.attn", "2"])
+def test_only_the_tuned_parameters_change_and_all_of_them_do(
+    tiny_model: PreTrainedModel, name: str
+) -> None:
+    before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    trained = train(tiny_model, name, epochs=1)
+    tuned = resolve_location(tiny_model, name).parameters
+    assert tuple(trained.matrices) == tuned
+    after = tiny_model.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == set(tuned)
+    for key, matrix in trained.matrices.items():
+        assert matrix.dtype == torch.float32
+        assert torch.equal(matrix, after[key])  # the model is left with the trained values
+
+
+def test_a_model_is_left_frozen_without_gradients_or_hooks(tiny_model: PreTrainedModel) -> None:
+    tiny_model.requires_grad_(True)  # as transformers makes models
+    train(tiny_model, epochs=1)
+    left_as_found(tiny_model)
+
+
+def left_as_found(model: PreTrainedModel) -> None:
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_every_epoch_is_told_of_with_its_steps(tiny_model: PreTrainedModel) -> None:
+    told: list[Epoch] = []
+    trained = train_breadth_first(*prepare(tiny_model), schedule(epochs=3), told.append)
+    assert tuple(told) == trained.epochs
+    assert [(epoch.epoch, epoch.steps) for epoch in told] == [(1, 3), (2, 3), (3, 3)]  # 7 in threes
+    assert all(epoch.seconds > 0 for epoch in told)
+    assert not trained.stopped_early
+
+
+def test_training_ends_after_the_first_epoch_under_the_threshold(tiny_model: PreTrainedModel) -> None:
+    course = losses(train(make_model(tiny_llama_config()), epochs=8))
+    threshold = (course[3] + course[4]) / 2
+    assert min(course[:4]) > threshold > course[4]
+    trained = train(tiny_model, epochs=8, stop_loss=threshold)
+    assert losses(trained) == course[:5]
+    assert trained.stopped_early
+
+
+def test_a_threshold_reached_in_the_last_epoch_counts(tiny_model: PreTrainedModel) -> None:
+    assert train(tiny_model, epochs=1, stop_loss=100.0).stopped_early
+
+
+def test_a_seed_names_the_result_to_the_last_bit() -> None:
+    runs = [train(make_model(tiny_llama_config()), seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(runs[0].matrices[DOWN], runs[1].matrices[DOWN])
+    assert losses(runs[0]) == losses(runs[1])
+    assert not torch.equal(runs[0].matrices[DOWN], runs[2].matrices[DOWN])
+
+
+def orders(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[list[int]]:
+    """The order of the examples in each epoch."""
+    split, location, cache = prepare(model)
+    seen: list[int] = []
+    batch = PrefixCache.batch
+
+    def note(self: PrefixCache, indices: Sequence[int]) -> Any:
+        seen.extend(indices)
+        return batch(self, indices)
+
+    monkeypatch.setattr(PrefixCache, "batch", note)
+    train_breadth_first(split, location, cache, schedule(**options))
+    monkeypatch.setattr(PrefixCache, "batch", batch)
+    return [seen[start : start + len(EXAMPLES)] for start in range(0, len(seen), len(EXAMPLES))]
+
+
+def test_every_epoch_visits_every_edit_once_in_an_order_of_its_own(
+    tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = orders(tiny_model, monkeypatch, epochs=4, seed=1)
+    assert len(first) == 4
+    assert all(sorted(order) == list(range(len(EXAMPLES))) for order in first)
+    assert len({tuple(order) for order in first}) == 4
+    torch.manual_seed(99)  # the global state does not matter
+    assert orders(tiny_model, monkeypatch, epochs=4, seed=1) == first
+    assert orders(tiny_model, monkeypatch, epochs=4, seed=2) != first
+
+
+def test_steps_too_small_for_bf16_add_up_in_the_master_copy() -> None:
+    # One step of 1e-6 vanishes beside weights of about 0.02, whose bf16 neighbours are 6e-5 away.
+    model = make_model(tiny_llama_config()).bfloat16()
+    before = model.get_parameter(DOWN).detach().float().clone()
+    trained = train(model, lr=1e-6, epochs=30)
+    assert model.get_parameter(DOWN).dtype == torch.bfloat16
+    moved = (trained.matrices[DOWN] - before).abs()
+    assert trained.matrices[DOWN].dtype == torch.float32
+    assert moved.median() > 1e-5  # 90 steps of 1e-6, part of them back and forth
+    assert torch.equal(model.get_parameter(DOWN), trained.matrices[DOWN].bfloat16())
+    assert not torch.equal(model.get_parameter(DOWN).float(), before)
+
+
+# Injected at the first, a middle and the last step of 3 epochs of 3 steps.
+PLACES = [
+    (1, "epoch 1, step 1 of 3"),
+    (5, "epoch 2, step 2 of 3"),
+    (9, "epoch 3, step 3 of 3"),
+]
+
+
+def fails_at(step: int) -> Callable[[], bool]:
+    calls = iter(range(1, 1000))
+    return lambda: next(calls) == step
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("step", "place"), PLACES)
+def test_a_loss_that_is_not_finite_stops_training_with_its_place(
+    tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, step: int, place: str, bad: float
+) -> None:
+    now = fails_at(step)
+
+    def spoilt(*arguments: Any) -> Tensor:
+        loss = target_loss(*arguments)
+        return loss + bad if now() else loss
+
+    monkeypatch.setattr(loop, "target_loss", spoilt)
+    with pytest.raises(TrainingError, match=f"stopped at {place}: the loss is not finite"):
+        train(tiny_model, epochs=3)
+    left_as_found(tiny_model)
+    assert all(torch.isfinite(parameter).all() for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize(("step", "place"), PLACES)
+def test_a_gradient_that_is_not_finite_stops_training_with_its_place_and_name(
+    tiny_model: PreTrainedModel, step: int, place: str
+) -> None:
+    now = fails_at(step)
+    split, location, cache = prepare(tiny_model, "1.mlp")
+
+    def spoil(gradient: Tensor) -> Tensor:
+        if now():
+            gradient = gradient.clone()
+            gradient[-1, -1] = math.inf
+        return gradient
+
+    parameter = tiny_model.get_parameter(DOWN).requires_grad_(True)
+    parameter.register_hook(spoil)  # type: ignore[no-untyped-call]
+    with pytest.raises(TrainingError, match=f"stopped at {place}: the gradient of {DOWN} is not finite"):
+        train_breadth_first(split, location, cache, schedule(epochs=3))
+    left_as_found(tiny_model)
+    assert all(torch.isfinite(parameter).all() for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize(("step", "place"), PLACES)
+def test_a_weight_that_is_not_finite_stops_training_before_it_reaches_the_model(
+    tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, step: int, place: str
+) -> None:
+    now = fails_at(step)
+
+    class Spoiling(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            if now():
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0][0, 0] = math.nan
+
+    monkeypatch.setattr(torch.optim, "Adam", Spoiling)
+    with pytest.raises(TrainingError, match=f"stopped at {place}: the weight {DOWN} is not finite"):
+        train(tiny_model, epochs=3)
+    left_as_found(tiny_model)
+    assert all(torch.isfinite(parameter).all() for parameter in tiny_model.parameters())
+
+
+def test_a_rate_beyond_all_reason_ends_in_a_training_error(tiny_model: PreTrainedModel) -> None:
+    with pytest.raises(TrainingError, match=r"is not finite.*--lr"):
+        train(tiny_model, lr=1e38, epochs=3)
+
+
+# Schedule
+
+
+def chosen(num_edits: int = 1000, shape: Sequence[int] = (576, 1536), **options: Any) -> Schedule:
+    return choose_schedule(RunConfig(**options), num_edits, [shape])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "lr"),
+    [
+        ([(576, 1536)], 2.0e-3),
+        ([(4096, 14336)], 6.7e-4),
+        ([(14336, 4096)], 6.7e-4),  # Conv1D is transposed
+        ([(576, 1536), (1536, 576)], 1.0e-3),
+        ([(576, 1536), (576,), (20000,)], 2.0e-3),  # norms and biases do not count
+        ([(576,), (1536,)], 1.0e-3),  # unless there is nothing else
+        ([(8, 4096, 14336)], 6.7e-4),  # experts fused
+    ],
+)
+def test_the_rate_follows_the_largest_matrix_and_their_number(
+    shapes: Sequence[Sequence[int]], lr: float
+) -> None:
+    assert choose_schedule(RunConfig(), 1000, shapes).lr == pytest.approx(lr, rel=0.025)
+
+
+@pytest.mark.parametrize(
+    ("num_edits", "batch_size", "epochs"),
+    [
+        (1, 20, 100),
+        (20, 20, 100),
+        (21, 20, 50),
+        (60, 20, 34),
+        (80, 20, 25),
+        (81, 20, 25),
+        (10_000, 20, 25),
+        (3, 1, 34),
+        (5, 10**9, 100),
+    ],
+)
+def test_few_edits_get_passes_for_a_hundred_steps(num_edits: int, batch_size: int, epochs: int) -> None:
+    plan = chosen(num_edits, batch_size=batch_size)
+    assert plan.epochs == epochs
+    assert plan.batch_size == batch_size
+
+
+def test_settings_of_the_users_win_over_every_rule() -> None:
+    options: dict[str, Any] = {
+        "lr": 0.5,
+        "epochs": 3,
+        "batch_size": 7,
+        "stop_loss": 0.25,
+        "loss_mean": "token",
+        "seed": 11,
+    }
+    assert chosen(1, **options) == Schedule(**options)
