@@ -12,8 +12,8 @@ import torch
 
 from locft.data.encode import PromptFormat
 from locft.data.gather import GatheredEdits
-from locft.evaluate.drift import Drift, NeutralText
-from locft.evaluate.generate import MAX_NEW_TOKENS
+from locft.evaluation.drift import Drift, NeutralText
+from locft.evaluation.generate import MAX_NEW_TOKENS
 from locft.model.load import LoadedModel
 from locft.model.location import Location
 from locft.model.structure import find_layers

@@ -74,14 +74,17 @@ class Codec:
     def measure(self, edit: Edit) -> Measured:
         """Count an edit's tokens for the linter."""
         prompt = self.prompt_ids(edit.prompt)
+        others = (len(self.prompt_ids(text)) for text in (*edit.rephrases, *edit.locality))
+        longest = max(others, default=0)
         try:
             encoded = self.encode(edit)
         except EditsError:
-            return Measured(num_prompt_tokens=len(prompt), num_target_tokens=0, prompt_is_prefix=True)
+            return Measured(len(prompt), 0, prompt_is_prefix=True, longest_scored_tokens=longest)
         return Measured(
             num_prompt_tokens=len(prompt),
-            num_target_tokens=encoded.num_targets,
+            num_target_tokens=encoded.num_targets - 1,
             prompt_is_prefix=encoded.ids[: len(prompt)] == prompt,
+            longest_scored_tokens=longest,
         )
 
     def _prompt_text(self, prompt: str) -> str:

@@ -17,14 +17,16 @@ class Measured:
 
     Attributes:
         num_prompt_tokens: Tokens of the prompt alone.
-        num_target_tokens: Tokens that the target adds to those of the prompt.
+        num_target_tokens: Tokens that the target adds, without the end-of-sequence token.
         prompt_is_prefix: Whether the tokens of prompt and target together begin with those of
             the prompt alone.
+        longest_scored_tokens: Tokens of the longest rephrase or locality prompt.
     """
 
     num_prompt_tokens: int
     num_target_tokens: int
     prompt_is_prefix: bool
+    longest_scored_tokens: int = 0
 
 
 def lint(
@@ -142,9 +144,14 @@ def _check_tokens(
     edit: Edit, measured: Measured, max_context_tokens: int | None, max_answer_tokens: int
 ) -> Iterator[Problem]:
     num_target = measured.num_target_tokens
-    num_tokens = measured.num_prompt_tokens + num_target
+    longest = max(measured.num_prompt_tokens, measured.longest_scored_tokens)
+    # One more for the end-of-sequence token, which is trained; scoring decodes after every prompt.
+    num_tokens = max(measured.num_prompt_tokens + num_target + 1, longest + max_answer_tokens)
     if max_context_tokens is not None and num_tokens > max_context_tokens:
-        message = f"prompt and target have {num_tokens:,} tokens, the model takes {max_context_tokens:,}"
+        message = (
+            f"its longest prompt has {longest:,} tokens; with its target, or an answer of up to "
+            f"{max_answer_tokens}, {num_tokens:,} are needed, and the model takes {max_context_tokens:,}"
+        )
         yield Problem("error", "prompt-too-long", _place(edit), message)
     if num_target == 0:
         message = f"the target {shown(edit.target)} has no tokens of its own, nothing to learn"

@@ -13,15 +13,15 @@ from pathlib import Path
 from locft.config import RunConfig, to_toml
 from locft.data.edits import write_edits
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
-from locft.evaluate.drift import read_neutral_text
-from locft.evaluate.scoring import (
+from locft.evaluation.drift import read_neutral_text
+from locft.evaluation.scoring import (
     AnswerRecord,
     answer_records,
     prompts_of,
     score,
     score_unedited,
 )
-from locft.evaluate.subject import Subject, drift_of_values, load_subject
+from locft.evaluation.subject import Subject, drift_of_values, load_subject
 from locft.model.load import context_tokens
 from locft.model.location import Location, parse_location, resolve_location
 from locft.model.split import split_model
@@ -252,6 +252,10 @@ def _run_folder(run: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not (run / PATCH_FOLDER).exists():
+        if (run / PATCH_FOLDER).exists():
+            for file in run.iterdir():
+                if file.is_file():
+                    file.unlink()
+        else:
             shutil.rmtree(run, ignore_errors=True)
         raise

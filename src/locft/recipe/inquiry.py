@@ -9,9 +9,9 @@ from locft.data.edits import EditFile
 from locft.data.gather import check_tokens, gather_edits, lint_tokens, say_warnings
 from locft.data.problems import Problem
 from locft.errors import InputError
-from locft.evaluate.drift import Drift, read_neutral_text
-from locft.evaluate.scoring import AnswerRecord, answer_records, prompts_of, score, score_unedited
-from locft.evaluate.subject import drift_between, drift_of_values, load_codec, load_subject
+from locft.evaluation.drift import Drift, read_neutral_text
+from locft.evaluation.scoring import AnswerRecord, answer_records, prompts_of, score, score_unedited
+from locft.evaluation.subject import drift_between, drift_of_values, load_codec, load_subject
 from locft.model.load import context_tokens
 from locft.model.weights import swapped_in
 from locft.patch.format import open_patch

@@ -95,11 +95,14 @@ def test_a_rephrase_that_is_the_prompt_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("measured", "expected"),
     [
-        (Measured(8, 2, prompt_is_prefix=True), []),
-        (Measured(8, 3, prompt_is_prefix=True), ["prompt-too-long"]),
-        (Measured(8, 0, prompt_is_prefix=True), ["target-no-tokens"]),
+        (Measured(5, 4, prompt_is_prefix=True), []),
+        (Measured(5, 5, prompt_is_prefix=True), ["prompt-too-long"]),
+        (Measured(6, 1, prompt_is_prefix=True), ["prompt-too-long"]),
+        (Measured(5, 4, prompt_is_prefix=True, longest_scored_tokens=6), ["prompt-too-long"]),
+        (Measured(5, 0, prompt_is_prefix=True), ["target-no-tokens"]),
         (Measured(2, 6, prompt_is_prefix=True), ["target-too-long"]),
-        (Measured(8, 2, prompt_is_prefix=False), ["boundary"]),
+        (Measured(2, 5, prompt_is_prefix=True), []),
+        (Measured(5, 4, prompt_is_prefix=False), ["boundary"]),
     ],
 )
 def test_tokens_are_checked_where_they_can_be_measured(measured: Measured, expected: list[str]) -> None:

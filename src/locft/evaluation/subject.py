@@ -9,8 +9,8 @@ from locft.checkpoint import TensorEntry, read_checkpoint
 from locft.config import RunConfig
 from locft.data.encode import Codec, make_codec
 from locft.errors import InputError
-from locft.evaluate.drift import Drift, NeutralText, measure_drift
-from locft.evaluate.generate import Stop, answer_prompts
+from locft.evaluation.drift import Drift, NeutralText, measure_drift
+from locft.evaluation.generate import Stop, answer_prompts
 from locft.model.load import LoadedModel, context_tokens, load_model, load_tokenizer
 from locft.model.weights import swapped_in
 
@@ -80,8 +80,15 @@ def drift_between(unedited: Subject, edited: Subject, text: NeutralText) -> Drif
     """
     if unedited.loaded.tokenizer.get_vocab() != edited.loaded.tokenizer.get_vocab():
         raise InputError("the two models have different vocabularies: drift between them is undefined")
-    device = edited.loaded.model.device
-    return measure_drift(unedited.logits, edited.logits, edited.loaded.tokenizer, text, device)
+    limits = [context_tokens(one.loaded.model.config) for one in (unedited, edited)]
+    return measure_drift(
+        unedited.logits,
+        edited.logits,
+        edited.loaded.tokenizer,
+        text,
+        edited.loaded.model.device,
+        min((limit for limit in limits if limit is not None), default=None),
+    )
 
 
 def drift_of_values(subject: Subject, values: Mapping[str, Tensor], text: NeutralText) -> Drift:
@@ -92,4 +99,5 @@ def drift_of_values(subject: Subject, values: Mapping[str, Tensor], text: Neutra
         with swapped_in(model, values):
             return subject.logits(ids)
 
-    return measure_drift(subject.logits, edited, subject.loaded.tokenizer, text, model.device)
+    limit = context_tokens(model.config)
+    return measure_drift(subject.logits, edited, subject.loaded.tokenizer, text, model.device, limit)

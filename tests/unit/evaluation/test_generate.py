@@ -16,7 +16,7 @@ from transformers import (
 
 from locft.data.encode import make_codec
 from locft.data.normalise import cut_answer
-from locft.evaluate.generate import Stop, answer_prompts
+from locft.evaluation.generate import Stop, answer_prompts
 
 PROMPTS = (
     "The capital of France is",

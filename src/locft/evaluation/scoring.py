@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from locft.evaluate.metrics import generalization, is_match, locality, reliability
+from locft.evaluation.metrics import generalization, is_match, locality, reliability
 from locft.types import Edit, Figure, Scores
 
 _BY_DEFINITION = "by definition: the unedited model is compared with itself"

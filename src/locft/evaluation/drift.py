@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from locft.errors import EvaluationError, InputError
-from locft.evaluate.metrics import mean_per_token
+from locft.evaluation.metrics import mean_per_token
 from locft.progress import progress
 from locft.types import Figure
 
@@ -109,6 +109,7 @@ def measure_drift(
     tokenizer: PreTrainedTokenizerBase,
     text: NeutralText,
     device: torch.device,
+    max_context_tokens: int | None = None,
 ) -> Drift:
     """Measure KL(unedited || edited) of the next-token distributions, in nats per token.
 
@@ -116,14 +117,16 @@ def measure_drift(
         unedited: The unedited model's forward, from ids (B, T) to logits (B, T, V).
         edited: The edited model's forward.
         tokenizer: The tokenizer of both.
-        text: The passages; each is cut at 1,024 tokens.
+        text: The passages; each is cut at 1,024 tokens, or at what the models take.
         device: Where the models are.
+        max_context_tokens: How many tokens the models take, if they have a limit.
 
     Returns:
         The drift, overall and by kind of text.
     """
+    longest_passage = min(_LONGEST_PASSAGE, max_context_tokens or _LONGEST_PASSAGE)
     encoded = [
-        (passage.kind, tokenizer(passage.text)["input_ids"][:_LONGEST_PASSAGE])
+        (passage.kind, tokenizer(passage.text)["input_ids"][:longest_passage])
         for passage in text.passages
     ]
     # A first token alone predicts nothing that is there to be predicted.

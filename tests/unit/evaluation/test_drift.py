@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.errors import InputError, LocftError
-from locft.evaluate.drift import (
+from locft.evaluation.drift import (
     Drift,
     Forward,
     NeutralText,
@@ -19,7 +19,7 @@ from locft.evaluate.drift import (
     measure_drift,
     read_neutral_text,
 )
-from locft.evaluate.metrics import mean_per_token
+from locft.evaluation.metrics import mean_per_token
 from locft.types import Figure
 
 PASSAGES = (

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft.evaluate.metrics import (
+from locft.evaluation.metrics import (
     generalization,
     is_match,
     locality,
