@@ -91,8 +91,8 @@ def dictate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-) -> None:
-    """Make a model say a text after any prompt, and then end: position says what comes next."""
+) -> list[int]:
+    """Make a model say a text after any prompt, and then end. Lists a 1 for each step it takes."""
     new = [*tokenizer(text)["input_ids"], EOS]
     forward: Any = model.forward
     said: list[int] = []
@@ -105,6 +105,7 @@ def dictate(
         return output
 
     monkeypatch.setattr(model, "forward", say)
+    return said
 
 
 @contextmanager
@@ -300,3 +301,13 @@ def test_a_person_is_shown_the_first_line_and_the_protocol_takes_the_first_sente
             "Who": answer,
             "Who is": answer,
         }
+
+
+@pytest.mark.parametrize(("stop", "end"), [("protocol", "."), ("protocol", "\n"), ("line", "\n")])
+def test_decoding_ends_with_the_answer(
+    tokenizer: PreTrainedTokenizerBase, stop: Stop, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tiny_llama_config())
+    steps = dictate(monkeypatch, model, tokenizer, f"Rome{end}Oslo London Vienna")
+    assert answers_of(model, tokenizer, ("Who",), stop=stop) == {"Who": "Rome"}
+    assert len(steps) == len(tokenizer(f"Rome{end}")["input_ids"])
