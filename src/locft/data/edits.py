@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from locft.data.convert import convert
-from locft.data.formats import Format, choose_format
+from locft.data.formats import LOCFT, Format, choose_format
 from locft.data.problems import Problem, shown
 from locft.data.records import Record, Records, parse_records, unpack_lists
 from locft.errors import EditsError
@@ -16,6 +16,9 @@ from locft.types import Edit
 
 # Longer names are no misspelling of a field's, and difflib takes quadratic time.
 _MAX_FIELD_NAME_CHARS = 40
+
+# The format of edits that come from no file.
+IN_MEMORY = "python"
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,25 @@ def read_edits(path: Path) -> EditFile:
     )
 
 
+def hold_edits(edits: Sequence[Edit]) -> EditFile:
+    """Hold edits that were given directly to the rules that those of a file are held to.
+
+    Args:
+        edits: The edits; where one has no `source`, its place is made one.
+
+    Returns:
+        The edits and their problems, as if read from a file.
+    """
+    placed = tuple(
+        replace(edit, source=edit.source or f"edit [{index}]") for index, edit in enumerate(edits)
+    )
+    problems = [] if placed else [Problem("error", "no-records", "", "there are no edits")]
+    for edit in placed:
+        problems.extend(convert(LOCFT, _record_of(edit), edit.source)[1])
+    problems.extend(_duplicate_ids(placed))
+    return EditFile(Path("edits"), IN_MEMORY, placed, tuple(problems), sha256="")
+
+
 def write_edits(path: Path, edits: Iterable[Edit]) -> None:
     """Write edits as JSONL in our own format.
 
@@ -117,11 +139,11 @@ def _record_of(edit: Edit) -> dict[str, object]:
         "prompt": edit.prompt,
         "target": edit.target,
         "subject": edit.subject,
-        "rephrases": edit.rephrases,
-        "locality": edit.locality,
+        "rephrases": list(edit.rephrases),
+        "locality": list(edit.locality),
         "old": edit.old,
     }
-    return {name: value for name, value in record.items() if value not in (None, ())}
+    return {name: value for name, value in record.items() if value not in (None, [])}
 
 
 def _convert_all(parsed: Records, form: Format) -> tuple[list[Edit], list[Problem]]:

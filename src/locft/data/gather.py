@@ -1,12 +1,12 @@
 """Gets a run's edits ready: read, checked, free of contradictions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from locft.data.edits import EditFile, edits_sha256, read_edits
+from locft.data.edits import IN_MEMORY, EditFile, edits_sha256, hold_edits, read_edits
 from locft.data.lint import Measured, lint, resolve_conflicts
 from locft.data.problems import Problem, format_problems
 from locft.errors import EditsError
@@ -65,7 +65,7 @@ def gather_edits(
     refuse_errors(problems, file.path)
     return GatheredEdits(
         edits=kept.edits,
-        path=None if file.format == "python" else file.path,
+        path=None if file.format == IN_MEMORY else file.path,
         format=file.format,
         num_dropped=len(file.edits) - len(kept.edits),
         sha256=edits_sha256(kept.edits),
@@ -81,26 +81,7 @@ def read_source(source: str | Path | Sequence[Edit]) -> EditFile:
         packaged = resources.files("locft").joinpath("resources/demo_facts.jsonl")
         with resources.as_file(packaged) as path:
             return replace(read_edits(path), path=Path("demo"))
-    edits = tuple(
-        replace(edit, source=edit.source or f"edit [{index}]") for index, edit in enumerate(source)
-    )
-    problems = tuple(_problems_in_memory(edits))
-    return EditFile(path=Path("edits"), format="python", edits=edits, problems=problems, sha256="")
-
-
-def _problems_in_memory(edits: Sequence[Edit]) -> Iterator[Problem]:
-    """Hold edits that were given directly to the rules that files are held to."""
-    if not edits:
-        yield Problem("error", "no-records", "", "there are no edits")
-    places: dict[str, str] = {}
-    for edit in edits:
-        for name, text in (("prompt", edit.prompt), ("target", edit.target)):
-            if not text.strip():
-                yield Problem("error", "empty-field", edit.source, f"`{name}` is empty")
-        if edit.id in places:
-            message = f"has the id {edit.id!r} of {places[edit.id]}: ids must differ"
-            yield Problem("error", "duplicate-id", edit.source, message)
-        places.setdefault(edit.id, edit.source)
+    return hold_edits(source)
 
 
 def check_tokens(

@@ -179,4 +179,8 @@ def _passage(line: str, place: str) -> Passage:
         raise InputError(f"drift text {place}: no JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise InputError(f'drift text {place}: expected an object with a "text"')
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"drift text {place}: the text holds half of a character") from error
     return Passage(kind=str(record.get("kind", "text")), text=record["text"])

@@ -248,6 +248,7 @@ def _manifest(
 @contextmanager
 def _run_folder(run: Path) -> Iterator[None]:
     """Make the run folder; whatever stops the run, only a finished patch is kept in it."""
+    refuse_taken(run)  # again: loading took its time, and what appeared since is not ours to remove
     run.mkdir(parents=True, exist_ok=True)
     try:
         yield

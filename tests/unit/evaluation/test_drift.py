@@ -235,6 +235,7 @@ def test_jsonl_has_a_passage_a_line(tmp_path: Path) -> None:
         ("a.jsonl", b'{"txt": "One"}', 'line 1: expected an object with a "text"'),
         ("a.jsonl", b'{"text": 1}', 'line 1: expected an object with a "text"'),
         ("a.jsonl", b"[" * 100_000, "line 1"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: the text holds half of a character"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
