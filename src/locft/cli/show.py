@@ -56,10 +56,14 @@ def show_edit(console: Console, report: EditReport, examples: Sequence[Example],
 
 def show_scores(console: Console, before: Scores | None, after: Scores) -> None:
     """Show the scores, beside those of the unedited model where there is one."""
-    table = _table("scores, with 95% intervals", "score", "before", "after", "what it is")
+    columns = ["score", "before", "after", "what it is"]
+    if console.width < _WIDTH_PIPED:
+        columns.pop()
+    table = _table("scores, with 95% intervals", *columns)
     for name in SCORE_NAMES:
         was = "" if before is None else figure_text(name, getattr(before, name))
-        table.add_row(name, was, figure_text(name, getattr(after, name)), MEANINGS[name])
+        row = (name, was, figure_text(name, getattr(after, name)), MEANINGS[name])
+        table.add_row(*row[: len(columns)])
     console.print(table)
 
 
