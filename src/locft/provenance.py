@@ -33,11 +33,15 @@ class Stopwatch:
     """Adds up the seconds spent on each part of a run."""
 
     def __init__(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         self.began = self.marked = time.perf_counter()
         self.spent: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
         """Count the time since the last lap towards a part."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # its work is only queued until then
         now = time.perf_counter()
         self.spent[part] = self.spent.get(part, 0.0) + now - self.marked
         self.marked = now
@@ -70,6 +74,7 @@ def describe_edits(gathered: GatheredEdits, num_warnings: int) -> EditsInfo:
         num_locality=sum(len(edit.locality) for edit in gathered.edits),
         num_dropped=gathered.num_dropped,
         num_warnings=num_warnings,
+        file_sha256=gathered.file_sha256,
         sha256=gathered.sha256,
     )
 

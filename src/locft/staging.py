@@ -1,5 +1,6 @@
 """Folders that come into being whole or not at all."""
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -48,10 +49,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def refuse_taken(target: Path) -> None:
-    """Refuse a folder that something stands in already.
+    """Refuse a folder that something stands in already, or that cannot be created.
 
     Raises:
-        InputError: `target` exists, and is no empty folder.
+        InputError: `target` exists and is no empty folder, or its parent cannot be written to.
     """
     if target.is_dir():
         if any(target.iterdir()):
@@ -60,3 +61,7 @@ def refuse_taken(target: Path) -> None:
             )
     elif target.exists():
         raise InputError(f"{target}: exists and is not a folder; name another one")
+    else:
+        parent = next(folder for folder in target.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"{target}: the folder cannot be created: {parent} cannot be written to")

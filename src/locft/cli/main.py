@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from locft.cli.gates import parse_gate
-from locft.cli.parser import build_parser
+from locft.cli.parser import parse_words
 from locft.config import RunConfig, read_config, with_settings
 from locft.errors import InputError, LocftError
 from locft.types import Edit, Scores
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted.
     """
-    words = build_parser().parse_args(arguments)
+    words = parse_words(arguments)
     run: Callable[[argparse.Namespace], int] = _COMMANDS[words.command]
     try:
         return run(words)

@@ -1,7 +1,7 @@
 """The words of the command line: commands, arguments, flags and their help."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     edit.add_argument("-o", "--output", metavar="RUN", required=True, help="run folder to make")
     edit.add_argument("--prompt", help="one edit without a file: what the model is given")
     edit.add_argument("--target", help="one edit without a file: what it shall answer")
-    edit.add_argument("--config", metavar="FILE", help="settings from a TOML file; flags win")
+    edit.add_argument(
+        "--config", metavar="FILE", help="TOML file of settings, named as their flags; flags win"
+    )
     _add_gate(edit)
     _add_json(edit, "print report.json on stdout instead of tables")
     _add_settings(edit, {"method", "edits", "scores", "machine", "model"})
@@ -104,6 +106,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_words(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the words of the command line; positional ones may also stand behind flags."""
+    parser = build_parser()
+    words, rest = parser.parse_known_args(arguments)
+    # argparse fills optional positionals from the first run of positionals only.
+    if rest and not any(word.startswith("-") for word in rest):
+        if words.command == "ask":
+            words.prompts, rest = [*words.prompts, *rest], []
+        elif words.command == "edit" and words.edits is None:
+            words.edits, *rest = rest
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return words
+
+
 def _command(
     commands: Any,
     name: str,
@@ -136,7 +153,7 @@ def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser, groups: set[str], also: Iterable[str] = ()) -> None:
     """Add a flag for each setting of some groups; one that is not given stays away from the result."""
-    box = parser.add_argument_group("settings (flags, or keys of a --config file)")
+    box = parser.add_argument_group("settings")
     for setting in settings():
         if setting.metadata["group"] not in groups and setting.name not in also:
             continue

@@ -41,7 +41,7 @@ class EditFile:
     sha256: str
 
 
-def read_edits(path: Path) -> EditFile:
+def read_edits(path: str | Path) -> EditFile:
     """Read an edits file and collect all its problems.
 
     Args:
@@ -53,6 +53,7 @@ def read_edits(path: Path) -> EditFile:
     Raises:
         EditsError: The file cannot be read at all, or is of no kind that we know.
     """
+    path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -69,7 +70,7 @@ def read_edits(path: Path) -> EditFile:
     if not parsed.records and not problems:
         problems.append(Problem("error", "no-records", "", "the file holds no edits"))
     problems.extend(_unknown_fields(parsed.records, form))
-    problems.extend(_duplicate_ids(edits))
+    problems.extend(duplicate_ids(edits))
     return EditFile(
         path=path,
         format=form.name,
@@ -83,19 +84,23 @@ def hold_edits(edits: Sequence[Edit]) -> EditFile:
     """Hold edits that were given directly to the rules that those of a file are held to.
 
     Args:
-        edits: The edits; where one has no `source`, its place is made one.
+        edits: The edits; where one has no `source`, its place becomes it.
 
     Returns:
         The edits and their problems, as if read from a file.
     """
-    placed = tuple(
-        replace(edit, source=edit.source or f"edit [{index}]") for index, edit in enumerate(edits)
-    )
-    problems = [] if placed else [Problem("error", "no-records", "", "there are no edits")]
-    for edit in placed:
-        problems.extend(convert(LOCFT, _record_of(edit), edit.source)[1])
-    problems.extend(_duplicate_ids(placed))
-    return EditFile(Path("edits"), IN_MEMORY, placed, tuple(problems), sha256="")
+    problems: list[Problem] = []
+    held: list[Edit] = []
+    for index, edit in enumerate(edits):
+        where = edit.source or f"edit [{index}]"
+        converted, found = convert(LOCFT, _record_of(edit), where)
+        problems.extend(found)
+        if converted is not None:
+            held.append(converted)
+    if not edits:
+        problems.append(Problem("error", "no-records", "", "there are no edits"))
+    problems.extend(duplicate_ids(held))
+    return EditFile(Path("edits"), IN_MEMORY, _with_ids(held), tuple(problems), sha256="")
 
 
 def write_edits(path: Path, edits: Iterable[Edit]) -> None:
@@ -139,11 +144,16 @@ def _record_of(edit: Edit) -> dict[str, object]:
         "prompt": edit.prompt,
         "target": edit.target,
         "subject": edit.subject,
-        "rephrases": list(edit.rephrases),
-        "locality": list(edit.locality),
+        "rephrases": _listed(edit.rephrases),
+        "locality": _listed(edit.locality),
         "old": edit.old,
     }
     return {name: value for name, value in record.items() if value not in (None, [])}
+
+
+def _listed(texts: object) -> object:
+    """Make a tuple the list that JSON has; anything else is for the checks to judge."""
+    return list(texts) if isinstance(texts, tuple) else texts
 
 
 def _convert_all(parsed: Records, form: Format) -> tuple[list[Edit], list[Problem]]:
@@ -192,7 +202,8 @@ def _unknown_fields(records: Iterable[Record], form: Format) -> list[Problem]:
     return problems
 
 
-def _duplicate_ids(edits: Iterable[Edit]) -> list[Problem]:
+def duplicate_ids(edits: Iterable[Edit]) -> list[Problem]:
+    """Find ids that more than one edit has; edits without an id have none in common."""
     first: dict[str, Edit] = {}
     problems = []
     for edit in edits:

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from locft.data.edits import IN_MEMORY, EditFile, edits_sha256, hold_edits, read_edits
+from locft.data.edits import IN_MEMORY, EditFile, duplicate_ids, edits_sha256, hold_edits, read_edits
 from locft.data.lint import Measured, lint, resolve_conflicts
 from locft.data.problems import Problem, format_problems
 from locft.errors import EditsError
@@ -29,6 +29,7 @@ class GatheredEdits:
         path: The file; None where they were given directly.
         format: The data set shape of the file.
         num_dropped: How many the policy on conflicts dropped.
+        file_sha256: Hash of the file's bytes; None where there is no file.
         sha256: Hash of the edits' meaning, whatever the format of their file.
         warnings: What the linter warns of.
     """
@@ -37,18 +38,20 @@ class GatheredEdits:
     path: Path | None
     format: str
     num_dropped: int
+    file_sha256: str | None
     sha256: str
     warnings: tuple[Problem, ...]
 
 
 def gather_edits(
-    source: str | Path | Sequence[Edit],
+    source: str | Path | EditFile | Sequence[Edit],
     on_conflict: Literal["error", "keep-last", "keep-first"] = "error",
 ) -> GatheredEdits:
     """Read edits and check everything that needs no model.
 
     Args:
-        source: A file, ``demo`` for the facts packaged with locft, or the edits themselves.
+        source: A file, ``demo`` for the facts packaged with locft, what `read_edits` gave, or the
+            edits themselves.
         on_conflict: Which of contradicting edits to keep; ``error`` refuses them.
 
     Returns:
@@ -60,7 +63,10 @@ def gather_edits(
     file = read_source(source)
     kept = file
     if on_conflict != "error":
-        kept = replace(file, edits=resolve_conflicts(file.edits, on_conflict))
+        edits = resolve_conflicts(file.edits, on_conflict)
+        # An update may reuse the id of what it replaces.
+        others = (problem for problem in file.problems if problem.code != "duplicate-id")
+        kept = replace(file, edits=edits, problems=(*others, *duplicate_ids(edits)))
     problems = lint(kept)
     refuse_errors(problems, file.path)
     return GatheredEdits(
@@ -68,12 +74,13 @@ def gather_edits(
         path=None if file.format == IN_MEMORY else file.path,
         format=file.format,
         num_dropped=len(file.edits) - len(kept.edits),
+        file_sha256=file.sha256 or None,
         sha256=edits_sha256(kept.edits),
         warnings=problems,
     )
 
 
-def read_source(source: str | Path | Sequence[Edit]) -> EditFile:
+def read_source(source: str | Path | EditFile | Sequence[Edit]) -> EditFile:
     """Read edits from a file, from the packaged demo facts, or from memory."""
     if isinstance(source, str | Path):
         if source != DEMO_NAME:
@@ -81,7 +88,7 @@ def read_source(source: str | Path | Sequence[Edit]) -> EditFile:
         packaged = resources.files("locft").joinpath("resources/demo_facts.jsonl")
         with resources.as_file(packaged) as path:
             return replace(read_edits(path), path=Path("demo"))
-    return hold_edits(source)
+    return source if isinstance(source, EditFile) else hold_edits(source)
 
 
 def check_tokens(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -56,20 +57,26 @@ def answer_prompts(
     pending = sorted(ids, key=lambda prompt: (-len(ids[prompt]), prompt))
     answers: dict[str, str] = {}
     generate: Any = model.generate
-    with _greedy(model, codec), progress(label, len(pending), "prompts") as step:
+    ends = _end_ids(model, codec)
+    stop_at = _StopAt(codec.tokenizer, stop, model.device)
+    with _greedy(model, ends), progress(label, len(pending), "prompts") as step:
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
             longest = len(ids[batch[0]])
             padded = [[0] * (longest - len(ids[prompt])) + [*ids[prompt]] for prompt in batch]
             mask = [[int(i >= longest - len(ids[p])) for i in range(longest)] for p in batch]
+            stop_at.prompt_length = longest
             generated: Tensor = generate(
                 torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
-                stopping_criteria=StoppingCriteriaList(
-                    [_StopAt(codec.tokenizer, stop, longest, model.device)]
-                ),
+                stopping_criteria=StoppingCriteriaList([stop_at]),
             )
-            texts = codec.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+            # Not left to skip_special_tokens: a token that ends an answer need not be a special one.
+            rows = [
+                list(takewhile(lambda token: token not in ends, row))
+                for row in generated[:, longest:].tolist()
+            ]
+            texts = codec.tokenizer.batch_decode(rows, skip_special_tokens=True)
             for prompt, text in zip(batch, texts, strict=True):
                 whole = cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]
                 answers[prompt] = whole.strip()
@@ -77,18 +84,23 @@ def answer_prompts(
     return answers
 
 
+def _end_ids(model: PreTrainedModel, codec: Codec) -> set[int]:
+    """Collect every token that ends an answer: the one learnt, and those that the model names."""
+    ends = {codec.eos_id}
+    for named in (model.generation_config.eos_token_id, codec.tokenizer.eos_token_id):
+        ends.update(named if isinstance(named, list) else [named] if named is not None else [])
+    return ends
+
+
 @contextmanager
-def _greedy(model: PreTrainedModel, codec: Codec) -> Iterator[None]:
+def _greedy(model: PreTrainedModel, ends: set[int]) -> Iterator[None]:
     """Give the model plain greedy decoding: its own generation settings may sample or penalise."""
     own = model.generation_config
-    ends = {codec.eos_id}
-    for named in (own.eos_token_id, codec.tokenizer.eos_token_id):
-        ends.update(named if isinstance(named, list) else [named] if named is not None else [])
     model.generation_config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         eos_token_id=sorted(ends),
-        pad_token_id=codec.eos_id,
+        pad_token_id=min(ends),
     )
     try:
         yield
@@ -99,9 +111,9 @@ def _greedy(model: PreTrainedModel, codec: Codec) -> Iterator[None]:
 class _StopAt(StoppingCriteria):
     """Stops a row once its newest token ends the answer."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: Stop, prompt_length: int, device: torch.device
-    ) -> None:
+    prompt_length = 0  # of the batch that is being answered
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Stop, device: torch.device) -> None:
         texts = _token_texts(tokenizer)
         marks = (".", "\n") if stop == "protocol" else ("\n",)
         ends = [any(mark in text for mark in marks) for text in texts]
@@ -110,7 +122,6 @@ class _StopAt(StoppingCriteria):
         # A model's vocabulary may be padded past the tokenizer's; what lies there does neither.
         self.ends = torch.tensor([*ends, False], device=device)
         self.speaks = torch.tensor([*speaks, False], device=device)
-        self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
         new = input_ids[:, self.prompt_length :].clamp(max=len(self.ends) - 1)

@@ -11,7 +11,7 @@ from locft.data.encode import Codec, make_codec
 from locft.errors import InputError
 from locft.evaluation.drift import Drift, NeutralText, measure_drift
 from locft.evaluation.generate import Stop, answer_prompts
-from locft.model.load import LoadedModel, context_tokens, load_model, load_tokenizer
+from locft.model.load import LoadedModel, context_tokens, end_of_sequence, load_model, load_tokenizer
 from locft.model.weights import swapped_in
 
 
@@ -52,8 +52,8 @@ def load_subject(name: str, config: RunConfig) -> Subject:
         ModelError: There is no such model, or it is refused with the reason.
     """
     loaded = load_model(name, dtype=config.dtype, device=config.device, revision=config.revision)
-    eos = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
-    codec = make_codec(loaded.tokenizer, config.format, eos_id=_first(eos))
+    eos = end_of_sequence(loaded.model.config)
+    codec = make_codec(loaded.tokenizer, config.format, eos_id=eos)
     return Subject(loaded, codec, config.eval_batch_size)
 
 
@@ -64,12 +64,8 @@ def load_codec(name: str, config: RunConfig) -> tuple[Codec, int | None]:
         ModelError: There is no such model, or its tokenizer cannot be used.
     """
     tokenizer, model_config = load_tokenizer(name, revision=config.revision)
-    eos = _first(model_config.eos_token_id)
+    eos = end_of_sequence(model_config)
     return make_codec(tokenizer, config.format, eos_id=eos), context_tokens(model_config)
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
 
 
 def drift_between(unedited: Subject, edited: Subject, text: NeutralText) -> Drift:

@@ -63,7 +63,7 @@ def _download(name: str, revision: str | None, weights: bool) -> CheckpointFolde
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_CONFIG_FILES, *(["*.safetensors"] if weights else [])]
+    patterns = [*_CONFIG_FILES, *(["model*.safetensors"] if weights else [])]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:

@@ -1,5 +1,6 @@
 """Loads models: a Hugging Face id, a local folder, or the embedded model `demo`; safetensors only."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from locft.checkpoint import parse_json
 from locft.errors import ModelError, first_line
 from locft.model.checkpoints import CheckpointFolder, resolve_checkpoint
 
@@ -82,6 +82,12 @@ def context_tokens(config: PreTrainedConfig) -> int | None:
     return None
 
 
+def end_of_sequence(config: PreTrainedConfig) -> int | None:
+    """Return the end-of-sequence token that a configuration names; the first where it names several."""
+    named = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    return named[0] if isinstance(named, list) and named else named if isinstance(named, int) else None
+
+
 def load_tokenizer(
     name: str, *, revision: str | None = None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
@@ -120,7 +126,10 @@ def load_model(
     target = choose_device(device)
     checkpoint = resolve_checkpoint(name, revision=revision)
     with _refusing(f"model {name!r}"):
-        config = parse_json((checkpoint.folder / "config.json").read_bytes())
+        # Not the strict reader: configurations hold Infinity.
+        config = json.loads((checkpoint.folder / "config.json").read_bytes())
+        if not isinstance(config, dict):
+            raise TypeError("config.json is no object")
     _refuse_unusable(name, config)
     tokenizer = _load_tokenizer(checkpoint)
     with _refusing(f"model {name!r}"):

@@ -69,6 +69,24 @@ def match_parameters(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str
     return names
 
 
+def stored_values(entries: Mapping[str, TensorEntry], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Read parameters from the checkpoint, unrounded, in the dtype that they are stored in.
+
+    Args:
+        entries: The checkpoint's tensors.
+        names: The tensor's name in the checkpoint for each parameter.
+
+    Returns:
+        The values by parameter.
+    """
+    return {
+        parameter: to_tensor(
+            TensorData(entries[name].dtype, entries[name].shape, read_tensor(entries[name]))
+        )
+        for parameter, name in names.items()
+    }
+
+
 def to_data(value: Tensor, dtype: str) -> TensorData:
     """Round a tensor to a checkpoint's dtype.
 

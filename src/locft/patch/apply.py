@@ -43,9 +43,9 @@ _BLOCK_BYTES = 16 * 2**20
 
 
 def apply_patch(
-    checkpoint: Path,
+    checkpoint: str | Path,
     patch: Patch,
-    output: Path,
+    output: str | Path,
     *,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -66,6 +66,7 @@ def apply_patch(
         ModelError: The checkpoint is damaged, or has no safetensors weights.
         PatchError: The patch does not belong to this checkpoint, or is in it already.
     """
+    checkpoint, output = Path(checkpoint), Path(output)
     source, target = checkpoint.resolve(), output.resolve()
     if source == target or source in target.parents:
         raise InputError(f"{output}: is or lies within the checkpoint {checkpoint}; name another one")

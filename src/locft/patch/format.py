@@ -158,7 +158,7 @@ def write_patch(patch: Patch, folder: Path) -> None:
         read_patch(staging)
 
 
-def read_patch(folder: Path) -> Patch:
+def read_patch(folder: str | Path) -> Patch:
     """Read a patch and verify all of it, down to every tensor's hash.
 
     Args:
@@ -170,6 +170,7 @@ def read_patch(folder: Path) -> Patch:
     Raises:
         PatchError: The patch is damaged, incomplete or from a newer locft; names file and field.
     """
+    folder = Path(folder)
     for name in (MANIFEST_FILE, TENSORS_FILE):
         path = folder / name
         # A link would make the patch depend on, or leak, files outside its folder.

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from locft.config import RunConfig, to_toml
-from locft.data.edits import write_edits
+from locft.config import RunConfig, settings, to_toml
+from locft.data.edits import EditFile, write_edits
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
 from locft.evaluation.drift import read_neutral_text
 from locft.evaluation.scoring import (
@@ -25,7 +25,7 @@ from locft.evaluation.subject import Subject, drift_of_values, load_subject
 from locft.model.load import context_tokens
 from locft.model.location import Location, parse_location, resolve_location
 from locft.model.split import split_model
-from locft.model.weights import match_tensors, swapped_in
+from locft.model.weights import match_tensors, stored_values, swapped_in
 from locft.patch.format import (
     PATCH_FOLDER,
     PatchLocation,
@@ -58,7 +58,7 @@ ANSWERS_FILE = "answers.jsonl"
 
 def edit(
     model: str,
-    edits: str | Path | Sequence[Edit],
+    edits: str | Path | EditFile | Sequence[Edit],
     output: str | Path,
     config: RunConfig | None = None,
     *,
@@ -131,7 +131,8 @@ def edit(
                 log.write(json.dumps(asdict(epoch)) + "\n")
                 log.flush()
 
-            trained = train_breadth_first(split, location, cache, schedule, write_epoch)
+            initial = stored_values(entries, tensors)
+            trained = train_breadth_first(split, location, cache, schedule, write_epoch, initial)
         watch.lap("train")
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
@@ -226,9 +227,10 @@ def _manifest(
     schedule: Schedule,
     dtypes: Sequence[str],
 ) -> PatchManifest:
-    """Describe the patch: nothing that differs between two equal runs, hence no time or hardware."""
+    """Describe the patch by what decides its bytes: no time, no hardware, no setting of the scores."""
     checkpoint = subject.loaded.checkpoint
     resolved = dataclasses.replace(config, lr=schedule.lr, epochs=schedule.epochs)
+    method = {setting.name for setting in settings() if setting.metadata["group"] == "method"}
     return PatchManifest(
         locft_version=version("locft"),
         model=PatchModel(id=checkpoint.name, revision=checkpoint.revision),
@@ -239,7 +241,10 @@ def _manifest(
             num_parameters=location.num_parameters,
         ),
         dtype=", ".join(sorted(set(dtypes))),
-        settings=asdict(resolved),
+        settings={
+            **{name: value for name, value in asdict(resolved).items() if name in method},
+            "dtype": str(subject.loaded.model.dtype).removeprefix("torch."),
+        },
         num_edits=len(gathered.edits),
         edits_sha256=gathered.sha256,
     )

@@ -76,7 +76,7 @@ def ask(
 
 def evaluate(
     model: str,
-    edits: str | Path | Sequence[Edit],
+    edits: str | Path | EditFile | Sequence[Edit],
     patch: str | Path | None = None,
     base: str | None = None,
     config: RunConfig | None = None,

@@ -37,6 +37,7 @@ class EditsInfo:
     num_locality: int
     num_dropped: int  # by the policy on conflicts
     num_warnings: int  # of the linter
+    file_sha256: str | None
     sha256: str
 
 
@@ -55,7 +56,7 @@ class LocationInfo:
     """The tuning location, resolved."""
 
     name: str
-    layer: int
+    layer: int | None
     module: str
     matrices: tuple[MatrixInfo, ...]
     num_parameters: int

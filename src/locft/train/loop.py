@@ -1,6 +1,5 @@
 """Trains one tuning location breadth-first: epochs over all edits, reshuffled, in mini-batches."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,12 +39,11 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one epoch did: its number from 1, steps, mean loss over the examples (nats), seconds."""
+    """What one epoch did: its number from 1, steps, mean loss over the examples (nats)."""
 
     epoch: int
     steps: int
     loss: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ def train_breadth_first(
     cache: PrefixCache,
     schedule: Schedule,
     on_epoch: Callable[[Epoch], None] = lambda _: None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Trained:
     """Train a tuning location on cached prefix states.
 
@@ -81,6 +80,8 @@ def train_breadth_first(
         cache: The examples, with the states that enter the layer.
         schedule: How long and how fast.
         on_epoch: Called after each epoch.
+        initial: Where the tuned parameters start from, by name, where the model holds them rounded to
+            its own dtype; the model's own values if None.
 
     Returns:
         The trained matrices and the course of the loss.
@@ -89,7 +90,11 @@ def train_breadth_first(
         TrainingError: A loss, gradient or weight is not finite.
     """
     tuned = [split.model.get_parameter(name) for name in location.parameters]
-    masters = [parameter.detach().float().clone() for parameter in tuned]
+    values = initial or dict(zip(location.parameters, tuned, strict=True))
+    masters = [
+        values[name].detach().to(parameter.device, torch.float32, copy=True)
+        for name, parameter in zip(location.parameters, tuned, strict=True)
+    ]
     # One pass over each matrix instead of a dozen: on a CPU Adam is a fifth of a small model's step.
     optimizer = torch.optim.Adam(masters, lr=schedule.lr, fused=True)
     # On the CPU for every device, so that a seed names one order everywhere.
@@ -102,7 +107,6 @@ def train_breadth_first(
         progress("training", schedule.epochs * num_examples, "edits") as advance,
     ):
         while len(epochs) < schedule.epochs:
-            began = time.perf_counter()
             order = torch.randperm(num_examples, generator=shuffler).tolist()
             total = 0.0
             starts = range(0, num_examples, schedule.batch_size)
@@ -131,7 +135,6 @@ def train_breadth_first(
                     epoch=len(epochs) + 1,
                     steps=len(starts),
                     loss=total / num_examples,
-                    seconds=time.perf_counter() - began,
                 )
             )
             on_epoch(epochs[-1])

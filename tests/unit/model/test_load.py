@@ -353,7 +353,7 @@ def test_a_download_takes_safetensors_and_no_code(
     assert found.folder == folder
     assert found.revision == folder.name  # a snapshot's folder is named by its commit
     assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
-    assert ("*.safetensors" in asked["allow_patterns"]) is weights
+    assert ("model*.safetensors" in asked["allow_patterns"]) is weights
     assert {"*.json", "*.jinja", "*.model"} <= set(asked["allow_patterns"])
     assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in asked["allow_patterns"])
 

@@ -307,7 +307,7 @@ def test_a_layer_that_sees_padding_is_refused(tiny_model: PreTrainedModel) -> No
 def test_a_model_that_gives_nan_is_refused(tiny_model: PreTrainedModel, layer: int) -> None:
     with torch.no_grad():
         tiny_model.get_parameter("model.norm.weight").fill_(torch.nan)
-    refused(tiny_model, layer, "largest difference nan")
+    refused(tiny_model, layer, "largest relative difference nan")
 
 
 def test_a_model_without_a_head_over_its_vocabulary_is_refused(

@@ -80,6 +80,7 @@ def make_report(hostile: str = "plain", **changes: Any) -> EditReport:
             num_locality=40,
             num_dropped=1,
             num_warnings=2,
+            file_sha256=None,
             sha256="e" * 64,
         ),
         location=LocationInfo(

@@ -258,7 +258,6 @@ def test_every_epoch_is_told_of_with_its_steps(tiny_model: PreTrainedModel) -> N
     trained = train_breadth_first(*prepare(tiny_model), schedule(epochs=3), told.append)
     assert tuple(told) == trained.epochs
     assert [(epoch.epoch, epoch.steps) for epoch in told] == [(1, 3), (2, 3), (3, 3)]  # 7 in threes
-    assert all(epoch.seconds > 0 for epoch in told)
     assert not trained.stopped_early
 
 
