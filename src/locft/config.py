@@ -70,7 +70,7 @@ class RunConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _setting(
         "auto",
-        "dtype of the frozen weights; auto is the checkpoint's own (the tuned ones train in float32)",
+        "dtype of the frozen weights; auto is the checkpoint's own, float32 for float16 ones",
         "machine",
     )
     device: str = _setting("auto", "auto, cpu, cuda or mps", "machine")

@@ -5,7 +5,7 @@
     LocftError                  exit status 1
     ├── InputError              exit status 2: something the user gave cannot be used
     │   ├── ConfigError         a setting: unknown key, wrong type, out of range
-    │   ├── EditsError          an edits file; carries all its problems
+    │   ├── EditsError          an edits file; the message lists its problems
     │   ├── LocationError       a tuning location that this model does not have
     │   ├── ModelError          a model that cannot be loaded, or is refused with its reason
     │   ├── PatchError          a patch that is damaged, or does not belong to this model
@@ -40,7 +40,7 @@ class ConfigError(InputError):
 
 
 class EditsError(InputError):
-    """An edits file cannot be used; the message lists every problem found."""
+    """An edits file cannot be used; the message lists its problems."""
 
 
 class LocationError(InputError):

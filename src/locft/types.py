@@ -37,7 +37,7 @@ class Figure:
         num: How many items it was measured on (prompts; passages for drift).
         low: Lower end of the 95% interval.
         high: Upper end of the 95% interval.
-        reason: Why `value` is None, or what it holds by definition; None for a plain measurement.
+        reason: Why there is no `value` or no interval, or what holds by definition; else None.
     """
 
     value: float | None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, tiny_llama_config
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 import locft
+from locft.checkpoint import read_checkpoint, read_tensor
 from locft.config import read_config
 from locft.errors import EditsError, InputError, LocationError, PatchError, TrainingError
 from locft.recipe.inquiry import evaluate
@@ -329,13 +331,72 @@ def test_a_patch_is_refused_on_a_model_that_it_was_not_made_from(
         locft.ask(str(tmp_path / "edited"), ["Who"], run.folder)
 
 
-def test_a_base_with_another_vocabulary_is_refused(run: Run, edits_file: Path, tmp_path: Path) -> None:
+def test_a_base_with_another_vocabulary_gives_no_drift_but_all_other_scores(
+    run: Run, edits_file: Path, tmp_path: Path
+) -> None:
     make_model(tiny_llama_config()).save_pretrained(tmp_path / "other")
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="different vocabularies"):
-        evaluate(str(run.model), edits_file, base=str(tmp_path / "other"))
+    report, _ = evaluate(str(run.model), edits_file, base=str(tmp_path / "other"))
+    assert report.scores.drift.value is None
+    assert "different vocabularies" in (report.scores.drift.reason or "")
+    assert report.scores.locality.value is not None
+
+
+def test_training_in_bfloat16_starts_from_the_unrounded_checkpoint(
+    model_folder: Path, quick: locft.RunConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(quick, dtype="bfloat16", lr=1e-12, epochs=1)
+    locft.edit(str(model_folder), some_edits(), tmp_path / "run", config)
+    patch = locft.read_patch(tmp_path / "run" / "patch")
+    entries = read_checkpoint(model_folder)
+    for name, tensor in patch.tensors.items():
+        old = np.frombuffer(read_tensor(entries[name]), dtype=np.float32)
+        new = np.frombuffer(tensor.data, dtype=np.float32)
+        # Rounding to bfloat16 would have moved weights of this size by up to 1e-4.
+        assert np.abs(new - old).max() < 1e-9
+
+
+def test_settings_that_do_not_train_leave_the_patch_as_it_is(
+    model_folder: Path, quick: locft.RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("Who wrote the play?")
+    other = dataclasses.replace(
+        quick,
+        device="cpu",
+        eval_batch_size=1,
+        drift_text=str(tmp_path / "text.txt"),
+        on_conflict="keep-last",
+    )
+    for name, config in (("one", quick), ("two", other)):
+        locft.edit(str(model_folder), some_edits(), tmp_path / name, config)
+    assert contents(tmp_path / "one" / "patch") == contents(tmp_path / "two" / "patch")
+
+
+def test_a_patch_is_asked_in_the_format_that_it_was_trained_in(
+    model_folder: Path, config: locft.RunConfig, edits_file: Path, tmp_path: Path
+) -> None:
+    chat = dataclasses.replace(config, format="chat")
+    run = locft.edit(str(model_folder), edits_file, tmp_path / "run", chat)
+    report, _ = evaluate(str(model_folder), edits_file, tmp_path / "run")
+    assert report.protocol.format == "chat"
+    assert report.scores.reliability == run.scores.reliability
+    raw, _ = evaluate(str(model_folder), edits_file, tmp_path / "run", config=config)
+    assert raw.protocol.format == "raw"
+
+
+def test_what_reading_gave_can_be_edited_with(
+    model_folder: Path, edits_file: Path, quick: locft.RunConfig, tmp_path: Path
+) -> None:
+    file = locft.read_edits(str(edits_file))
+    report = locft.edit(str(model_folder), file, tmp_path / "run", quick)
+    assert report.edits.file == str(edits_file)
+    assert report.edits.file_sha256 == hashlib.sha256(edits_file.read_bytes()).hexdigest()
+    locft.apply_patch(
+        str(model_folder), locft.read_patch(str(tmp_path / "run" / "patch")), str(tmp_path / "out")
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_single_edit_without_rephrases_can_be_made(

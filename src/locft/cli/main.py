@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 from locft.cli.gates import parse_gate
 from locft.cli.parser import parse_words
 from locft.config import RunConfig, read_config, with_settings
-from locft.errors import InputError, LocftError
+from locft.errors import InputError, LocftError, first_line
 from locft.types import Edit, Scores
 
 # Recipes are imported where they are called: torch takes seconds to load, and --help, lint and apply
@@ -29,14 +31,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted.
     """
     words = parse_words(arguments)
+    if threading.current_thread() is threading.main_thread():
+        # As an interrupt, so that what is half-made is removed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     run: Callable[[argparse.Namespace], int] = _COMMANDS[words.command]
     try:
         return run(words)
-    except LocftError as error:
+    except InputError as error:
         _say(f"error: {error}")
         return error.exit_status
-    except OSError as error:
-        _say(f"error: {error}")
+    except (LocftError, OSError) as error:
+        _say(f"error: {error}; {_what_is_kept(words)}")
+        return LocftError.exit_status
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _say(
+            f"error: out of memory ({first_line(error)}); {_what_is_kept(words)}. Try a smaller "
+            "--batch-size or --eval-batch-size, --dtype bfloat16, or another --device"
+        )
         return LocftError.exit_status
     except KeyboardInterrupt:
         _say(f"interrupted: {_what_is_kept(words)}")
@@ -72,7 +85,7 @@ def _edit(words: argparse.Namespace) -> int:
 
 
 def _ask(words: argparse.Namespace) -> int:
-    config = _config(words)
+    config = _config_of_patch(words)
     _quiet_libraries()
     from locft.recipe.inquiry import ask
 
@@ -89,7 +102,7 @@ def _ask(words: argparse.Namespace) -> int:
 
 def _eval(words: argparse.Namespace) -> int:
     gates = [parse_gate(text) for text in words.gate]
-    config = _config(words)
+    config = _config_of_patch(words)
     _quiet_libraries()
     from locft.recipe.inquiry import evaluate
 
@@ -180,11 +193,27 @@ def _config(words: argparse.Namespace) -> RunConfig:
     return with_settings(config, given)
 
 
+def _config_of_patch(words: argparse.Namespace) -> RunConfig:
+    """Put the settings together; a patch is asked in the format that it was trained in."""
+    config = _config(words)
+    if words.patch is None or hasattr(words, "setting_format"):
+        return config
+    from locft.patch.format import open_patch
+
+    return with_settings(config, {"format": open_patch(Path(words.patch)).manifest.format})
+
+
 def _pass_gates(gates: Sequence[Any], scores: Scores) -> int:
     failures = [failure for gate in gates if (failure := gate.failure(scores)) is not None]
     for failure in failures:
         _say(failure)
     return LocftError.exit_status if failures else 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's own class would have to be imported; on a CPU it raises a plain RuntimeError.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def _what_is_kept(words: argparse.Namespace) -> str:

@@ -58,7 +58,7 @@ def gather_edits(
         The edits, with the linter's warnings.
 
     Raises:
-        EditsError: There are errors; the message lists all of them.
+        EditsError: There are errors; the message lists the first 20 (`lint` lists all).
     """
     file = read_source(source)
     kept = file

@@ -21,7 +21,7 @@ from locft.types import Figure
 Forward = Callable[[Tensor], Tensor]
 PACKAGED = "packaged"
 _TOKENS_PER_PASS = 1024  # bounds the logits: 200 MB over a vocabulary of 50,000
-_LONGEST_PASSAGE = 1024
+_LONGEST_WINDOW = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +117,19 @@ def measure_drift(
         unedited: The unedited model's forward, from ids (B, T) to logits (B, T, V).
         edited: The edited model's forward.
         tokenizer: The tokenizer of both.
-        text: The passages; each is cut at 1,024 tokens, or at what the models take.
+        text: The passages; longer ones are cut into windows of 1,024 tokens, or of what the models
+            take, each of which counts as a passage.
         device: Where the models are.
         max_context_tokens: How many tokens the models take, if they have a limit.
 
     Returns:
         The drift, overall and by kind of text.
     """
-    longest_passage = min(_LONGEST_PASSAGE, max_context_tokens or _LONGEST_PASSAGE)
-    encoded = [
-        (passage.kind, tokenizer(passage.text)["input_ids"][:longest_passage])
-        for passage in text.passages
-    ]
+    window = min(_LONGEST_WINDOW, max_context_tokens or _LONGEST_WINDOW)
+    encoded: list[tuple[str, list[int]]] = []
+    for passage in text.passages:
+        ids = tokenizer(passage.text)["input_ids"]
+        encoded += [(passage.kind, ids[i : i + window]) for i in range(0, len(ids), window)]
     # A first token alone predicts nothing that is there to be predicted.
     encoded = [(kind, ids) for kind, ids in encoded if len(ids) > 1]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][1]))

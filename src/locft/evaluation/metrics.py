@@ -52,6 +52,9 @@ def mean_per_token(sums: Sequence[float], num_tokens: Sequence[int]) -> Figure:
     """
     if not sums:
         return Figure(value=None, num=0, reason="the text holds no passage of two tokens")
+    if len(sums) == 1:
+        reason = "one passage gives no interval"
+        return Figure(value=sums[0] / num_tokens[0], num=1, reason=reason)
     totals, counts = np.asarray(sums, dtype=float), np.asarray(num_tokens, dtype=float)
     drawn = np.random.default_rng(0).integers(len(totals), size=(_RESAMPLES, len(totals)))
     means = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)

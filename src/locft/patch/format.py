@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from locft.checkpoint import (
     TensorData,
@@ -70,9 +70,9 @@ class PatchLocation:
     """The part of the model that was tuned.
 
     Attributes:
-        name: The location's name, as the user named it.
+        name: The location's name, with the layer's index ("20.mlp.down").
         layer: Index of its layer, from 0; None if it is in no layer.
-        module: The module's path within the model.
+        module: Which part of the layer ("mlp.down").
         num_parameters: How many weights were tuned.
     """
 
@@ -103,6 +103,11 @@ class PatchManifest:
     settings: dict[str, Any]
     num_edits: int
     edits_sha256: str
+
+    @property
+    def format(self) -> Literal["raw", "chat"]:
+        """How prompts were put to the model in training."""
+        return "chat" if self.settings.get("format") == "chat" else "raw"
 
 
 @dataclass(frozen=True, kw_only=True)

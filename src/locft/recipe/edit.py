@@ -84,7 +84,7 @@ def edit(
         The report, as `report.json` holds it.
 
     Raises:
-        EditsError: The edits have errors; the message lists them all. Nothing is written.
+        EditsError: The edits have errors; the message lists the first 20. Nothing is written.
         ModelError: The model cannot be used, with the reason. Nothing is written.
         LocationError: The model has no such tuning location. Nothing is written.
         TrainingError: A loss, gradient or weight is not finite. No patch is written.

@@ -50,7 +50,8 @@ def ask(
         model: A Hugging Face id, a local folder, or ``demo``.
         prompts: What to ask.
         patch: A patch folder, or a run folder that holds one; `model` is then the unedited model.
-        config: The settings; `format`, `dtype` and `device` count here.
+        config: The settings; `format`, `dtype` and `device` count here. If None, the defaults, in
+            the format that the patch was trained in.
 
     Returns:
         The answers, in the order of the prompts.
@@ -58,10 +59,10 @@ def ask(
     Raises:
         InputError: The model or the patch cannot be used, with the reason.
     """
-    config = config or RunConfig()
+    found = None if patch is None else open_patch(Path(patch))
+    config = config or RunConfig(format=found.manifest.format if found else "raw")
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise InputError("there is nothing to ask: a prompt is empty")
-    found = None if patch is None else open_patch(Path(patch))
     subject = load_subject(model, config)
     values = (
         patched_values(subject.loaded.model, subject.loaded.checkpoint.folder, found) if found else {}
@@ -91,7 +92,8 @@ def evaluate(
         patch: A patch folder, or a run folder that holds one; `model` is then the unedited model.
         base: The unedited model of an edited checkpoint; without it, and without `patch`, locality
             and drift are not measured.
-        config: The settings; those that concern training do not count.
+        config: The settings; those that concern training do not count. If None, the defaults, in
+            the format that the patch was trained in.
         say: Called with a line at each step, and with each warning about the edits.
 
     Returns:
@@ -100,15 +102,20 @@ def evaluate(
     Raises:
         InputError: The edits, a model or the patch cannot be used, with the reason.
     """
-    config = config or RunConfig()
+    found = None if patch is None else open_patch(Path(patch))
+    config = config or RunConfig(format=found.manifest.format if found else "raw")
     if patch is not None and base is not None:
         raise InputError("--patch and --base exclude each other: with a patch, MODEL is the base")
     watch = Stopwatch()
     text = read_neutral_text(config.drift_text)
     gathered = gather_edits(edits, config.on_conflict)
-    found = None if patch is None else open_patch(Path(patch))
     say(f"loading {model}")
     subject = load_subject(model, config)
+    unedited = None
+    if base is not None:
+        say(f"loading {base}")
+        # A revision is the model's; its base is named without one.
+        unedited = load_subject(base, replace(config, revision=None))
     warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
     say_warnings(gathered, warnings, say)
     watch.lap("load")
@@ -124,12 +131,9 @@ def evaluate(
         drift = drift_of_values(subject, values, text)
     else:
         answers = subject.answer(prompts, "answering")
-        if base is not None:
-            say(f"loading {base}")
-            # A revision is the model's; its base is named without one.
-            unedited = load_subject(base, replace(config, revision=None))
-            base_answers = unedited.answer(prompts, "answering, unedited")
-            drift = drift_between(unedited, subject, text)
+    if unedited is not None:
+        base_answers = unedited.answer(prompts, "answering, unedited")
+        drift = drift_between(unedited, subject, text)
     watch.lap("eval")
     before = None
     if base_answers is not None and drift is not None:

@@ -123,8 +123,8 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
         f"{_escape(report.environment.platform)}; {_escape(report.environment.device)}, "
         f"{report.environment.num_threads} threads, {report.model.dtype}. Edits: "
         f"{_escape(str(report.edits.file))} ({report.edits.format} format, sha256 "
-        f"{report.edits.sha256[:12]}). To repeat: `locft edit MODEL edits.jsonl --config run.toml "
-        "-o NEW` in this folder.",
+        f"{report.edits.sha256[:12]}). To repeat: `locft edit MODEL RUN/edits.jsonl --config "
+        "RUN/run.toml -o NEW`, from where this run was made.",
     ]
     return "\n".join(lines) + "\n"
 

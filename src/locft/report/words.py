@@ -13,14 +13,18 @@ MEANINGS = {
 
 def figure_text(name: str, figure: Figure) -> str:
     """Word a figure with its interval and count: ``97.0% [93.6, 98.6] of 200``."""
-    if figure.value is None or figure.low is None or figure.high is None:
+    if figure.value is None:
         return f"not measured ({figure.reason})" if figure.reason else "not measured"
     if name == "drift":
         if figure.value == 0 and figure.reason:
             return "0 by definition"
+        if figure.low is None or figure.high is None:
+            return f"{figure.value:.4f} ({figure.reason})"
         return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}], {figure.num:,} passages"
     if figure.reason:
         return f"{100 * figure.value:.0f}% by definition"
+    assert figure.low is not None
+    assert figure.high is not None
     return (
         f"{100 * figure.value:.1f}% [{100 * figure.low:.1f}, {100 * figure.high:.1f}] of {figure.num:,}"
     )

@@ -10,8 +10,8 @@ from locft.config import RunConfig
 from locft.train.loop import Schedule
 
 _LR_SCALE = 0.08
-_MIN_EPOCHS = 25
-_MIN_STEPS = 100
+_EPOCH_LIMIT = 25
+_STEP_LIMIT = 100
 
 
 def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence[int]]) -> Schedule:
@@ -38,7 +38,7 @@ def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence
     width = max(max(shape) for shape in matrices)
     lr = _LR_SCALE / (len(matrices) * math.sqrt(width)) if config.lr == "auto" else config.lr
     steps_per_epoch = math.ceil(num_edits / config.batch_size)
-    enough = max(_MIN_EPOCHS, math.ceil(_MIN_STEPS / steps_per_epoch))
+    enough = max(_EPOCH_LIMIT, math.ceil(_STEP_LIMIT / steps_per_epoch))
     return Schedule(
         lr=lr,
         batch_size=config.batch_size,

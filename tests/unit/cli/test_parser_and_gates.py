@@ -15,7 +15,7 @@ import locft
 from locft.checkpoint import TensorData, hash_tensor, write_safetensors
 from locft.cli.gates import Gate, parse_gate
 from locft.cli.main import main
-from locft.cli.parser import build_parser
+from locft.cli.parser import build_parser, parse_words
 from locft.config import RunConfig, read_config, to_toml
 from locft.errors import ConfigError
 from locft.patch.format import (
@@ -435,3 +435,18 @@ def test_apply_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     assert status == 0, error
     assert heavy == []
     assert (tmp_path / "out" / "model.safetensors").read_bytes().endswith(new)
+
+
+def test_edits_and_prompts_may_stand_behind_flags() -> None:
+    words = parse_words(["edit", "demo", "-o", "run", "facts.jsonl"])
+    assert (words.model, words.edits, words.output) == ("demo", "facts.jsonl", "run")
+    words = parse_words(["ask", "demo", "One", "--patch", "run", "Two"])
+    assert (words.prompts, words.patch) == (["One", "Two"], "run")
+
+
+@pytest.mark.parametrize("extra", [["more"], ["--nonsense"]])
+def test_words_without_a_place_are_refused(extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_words(["edit", "demo", "facts.jsonl", "-o", "run", *extra])
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: {extra[0]}" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from conftest import make_tokenizer
@@ -184,3 +184,19 @@ def test_warnings_of_reading_and_of_tokens_come_together_and_once(tmp_path: Path
     assert [problem.code for problem in gathered.warnings] == ["unknown-field", "duplicate"]
     found = [problem.code for problem in check_tokens(gathered, codec, None)]
     assert found == ["unknown-field", "duplicate", "target-too-long"]
+
+
+def test_an_update_may_reuse_the_id_of_what_it_replaces() -> None:
+    old, new = Edit(id="1", prompt="It is", target="red"), Edit(id="1", prompt="It is", target="blue")
+    with pytest.raises(EditsError, match="duplicate-id"):
+        gather_edits([old, new])
+    assert [edit.target for edit in gather_edits([old, new], "keep-last").edits] == ["blue"]
+    other = Edit(id="1", prompt="She is", target="tall")
+    with pytest.raises(EditsError, match="duplicate-id"):
+        gather_edits([old, new, other], "keep-last")
+
+
+def test_a_text_where_a_list_of_texts_belongs_is_one_text() -> None:
+    wrong: Any = "Heaven is"
+    (edit,) = gather_edits([Edit(id="1", prompt="The sky is", target="red", rephrases=wrong)]).edits
+    assert edit.rephrases == ("Heaven is",)

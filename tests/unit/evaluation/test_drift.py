@@ -143,7 +143,7 @@ def test_the_order_of_the_passages_only_orders_the_resampling(
     assert again.by_kind.keys() == drift.by_kind.keys()
 
 
-def test_a_long_passage_is_cut_and_few_tokens_are_passed_at_a_time(
+def test_few_tokens_are_passed_at_a_time_however_long_a_passage_is(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     shapes: list[tuple[int, ...]] = []
@@ -156,9 +156,10 @@ def test_a_long_passage_is_cut_and_few_tokens_are_passed_at_a_time(
     drift = measured(forward, forward, tokenizer, *short, Passage(kind="l", text="chess " * 3000))
     assert max(length for _, length in shapes) == 1024
     assert all(rows * length <= 1024 for rows, length in shapes)
-    assert sum(rows for rows, _ in shapes) == 2 * 26
-    lengths = [len(tokenizer(passage.text)["input_ids"]) - 1 for passage in short]
-    assert drift.num_tokens == 1023 + sum(lengths)
+    windows = -(-len(tokenizer("chess " * 3000)["input_ids"]) // 1024)
+    assert windows > 1
+    assert drift.overall.num == 25 + windows
+    assert sum(rows for rows, _ in shapes) == 2 * (25 + windows)
 
 
 def test_text_without_a_passage_of_two_tokens_gives_no_value(
@@ -253,3 +254,24 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.txt", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
             read_neutral_text(str(path))
+
+
+def test_a_long_passage_is_measured_to_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    text = NeutralText(
+        name="long", sha256="", passages=(Passage(kind="text", text="Who wrote the play? " * 30),)
+    )
+    num_tokens = len(tokenizer(text.passages[0].text)["input_ids"])
+    drift = measure_drift(before, after, tokenizer, text, torch.device("cpu"), 50)
+    windows = -(-num_tokens // 50)
+    assert drift.overall.num == windows
+    # The first token of each window is given, not predicted.
+    assert drift.num_tokens == num_tokens - windows
+
+
+def test_one_passage_has_no_interval(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    drift = measured(before, after, tokenizer, PASSAGES[0])
+    assert drift.overall.value is not None
+    assert (drift.overall.low, drift.overall.high) == (None, None)
+    assert drift.overall.reason

@@ -71,7 +71,8 @@ def naive_answer(
             text = tokenizer.decode([new[-1]])
             if "." in text or "\n" in text:
                 break
-    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    said = new[:-1] if new[-1] in ends else new  # the end is no part of the answer
+    text = str(tokenizer.decode(said, skip_special_tokens=True))
     return cut_answer(text).strip(), new
 
 

@@ -112,7 +112,7 @@ def test_a_bootstrap_interval_is_that_of_a_plain_loop_within_its_noise() -> None
     assert high == pytest.approx(means[int(0.975 * len(means))], abs=0.06)
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 1024)), min_size=1, max_size=30))
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 1024)), min_size=2, max_size=30))
 def test_a_bootstrap_interval_is_deterministic_and_within_the_passages_means(
     passages: list[tuple[float, int]],
 ) -> None:
@@ -126,7 +126,7 @@ def test_a_bootstrap_interval_is_deterministic_and_within_the_passages_means(
     assert min(means) - slack <= value <= max(means) + slack
 
 
-@given(st.floats(0, 100), st.lists(st.integers(1, 500), min_size=1, max_size=20))
+@given(st.floats(0, 100), st.lists(st.integers(1, 500), min_size=2, max_size=20))
 def test_constant_passages_have_an_interval_of_no_width(rate: float, counts: list[int]) -> None:
     figure = mean_per_token([rate * num for num in counts], counts)
     assert bounds(figure) == pytest.approx((rate, rate, rate))
