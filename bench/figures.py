@@ -11,7 +11,9 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import locft
@@ -38,7 +40,12 @@ def measure_defaults(file: Path) -> Iterator[tuple[str, EditReport]]:
 
 
 def run(edits: str | Sequence[locft.Edit], config: locft.RunConfig) -> EditReport:
-    """Edit the embedded model and return the report."""
+    """Edit the embedded model in a process of its own, so that its peak memory is its own, too."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_edit, edits, config).result()
+
+
+def _edit(edits: str | Sequence[locft.Edit], config: locft.RunConfig) -> EditReport:
     with tempfile.TemporaryDirectory() as folder:
         return locft.edit("demo", edits, Path(folder) / "run", config)
 

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from locft.cli.gates import Gate, parse_gate
 from locft.cli.main import main
 from locft.cli.parser import build_parser, parse_words
 from locft.config import RunConfig, read_config, to_toml
-from locft.errors import ConfigError
+from locft.errors import ConfigError, EvaluationError
 from locft.patch.format import (
     Patch,
     PatchLocation,
@@ -450,3 +451,50 @@ def test_words_without_a_place_are_refused(extra: list[str], capsys: pytest.Capt
         parse_words(["edit", "demo", "facts.jsonl", "-o", "run", *extra])
     assert stopped.value.code == 2
     assert f"unrecognized arguments: {extra[0]}" in capsys.readouterr().err
+
+
+def failing_with(error: BaseException, output: Path) -> Callable[..., None]:
+    """An edit that writes its patch and then fails."""
+
+    def edit(*_: object, **__: object) -> None:
+        (output / "patch").mkdir(parents=True)
+        raise error
+
+    return edit
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried"), 1, "out of memory (CUDA out of memory. Tried)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "Try a smaller --batch-size"),
+        (MemoryError(), 1, "out of memory (MemoryError)"),
+        (EvaluationError("not finite"), 1, "error: not finite"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_whatever_stops_a_run_the_finished_patch_is_named(
+    error: BaseException,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("locft.recipe.edit.edit", failing_with(error, tmp_path / "run"))
+    assert main(["edit", "demo", "demo", "-o", str(tmp_path / "run")]) == status
+    message = capsys.readouterr().err
+    assert said in message
+    assert f"the finished patch is kept in {tmp_path / 'run' / 'patch'}" in message
+
+
+def test_a_bug_is_not_told_as_a_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("shapes do not fit")
+    monkeypatch.setattr("locft.recipe.edit.edit", failing_with(error, tmp_path / "run"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["edit", "demo", "demo", "-o", str(tmp_path / "run")])
