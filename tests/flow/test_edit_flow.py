@@ -21,11 +21,12 @@ from transformers import (
 )
 
 import locft
-from locft.checkpoint import read_checkpoint, read_tensor
+from locft.checkpoint import read_checkpoint
 from locft.config import read_config
 from locft.errors import EditsError, InputError, LocationError, PatchError, TrainingError
 from locft.recipe.inquiry import evaluate
 from locft.report.schema import EditReport, to_json
+from locft.tensorfile import read_tensor
 from locft.train.objective import target_loss
 from locft.types import Edit
 

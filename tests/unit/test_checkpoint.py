@@ -16,15 +16,9 @@ import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from locft.checkpoint import (
-    TensorData,
-    hash_tensor,
-    read_checkpoint,
-    read_header,
-    read_tensor,
-    write_safetensors,
-)
+from locft.checkpoint import read_checkpoint
 from locft.errors import ModelError
+from locft.tensorfile import TensorData, hash_tensor, read_header, read_tensor, write_safetensors
 
 # The names that the safetensors library writes and reads dtypes under, and their widths in bytes.
 DTYPES = {

@@ -146,7 +146,7 @@ def _lint(words: argparse.Namespace) -> int:
 
 
 def _apply(words: argparse.Namespace) -> int:
-    from locft.model.checkpoints import resolve_checkpoint
+    from locft.model.resolve import resolve_checkpoint
     from locft.patch.apply import apply_patch, output_bytes
     from locft.patch.format import open_patch
     from locft.progress import progress

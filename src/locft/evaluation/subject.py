@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from locft.checkpoint import TensorEntry, read_checkpoint
+from locft.checkpoint import read_checkpoint
 from locft.config import RunConfig
 from locft.data.encode import Codec, make_codec
 from locft.evaluation.drift import Drift, NeutralText, measure_drift
 from locft.evaluation.generate import Stop, answer_prompts
 from locft.model.load import LoadedModel, context_tokens, end_of_sequence, load_model, load_tokenizer
 from locft.model.weights import swapped_in
+from locft.tensorfile import TensorEntry
 from locft.types import Figure
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from locft.errors import ModelError, first_line
-from locft.model.checkpoints import CheckpointFolder, resolve_checkpoint
+from locft.model.resolve import CheckpointFolder, resolve_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

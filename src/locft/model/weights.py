@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from locft.checkpoint import TensorData, TensorEntry, read_tensor
 from locft.errors import ModelError
+from locft.tensorfile import TensorData, TensorEntry, read_tensor
 
 _TORCH_DTYPES = {
     "F64": torch.float64,

@@ -4,17 +4,11 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from locft.checkpoint import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    TensorEntry,
-    hash_tensor,
-    read_checkpoint,
-    read_tensor,
-)
+from locft.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_checkpoint
 from locft.errors import InputError, PatchError
 from locft.patch.format import Patch
 from locft.staging import staged_folder
+from locft.tensorfile import TensorEntry, hash_tensor, read_tensor
 
 # The one subfolder that a tokenizer reads.
 _TEMPLATES_FOLDER = "additional_chat_templates"

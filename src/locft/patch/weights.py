@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from locft.checkpoint import TensorData, hash_tensor, read_checkpoint, read_tensor
+from locft.checkpoint import read_checkpoint
 from locft.model.weights import match_parameters, match_tensors, to_data, to_tensor
 from locft.patch.apply import check_base
-from locft.patch.format import Patch, PatchManifest, PatchTensor
+from locft.patch.format import Patch, PatchTensor
+from locft.patch.manifest import PatchManifest
+from locft.tensorfile import TensorData, hash_tensor, read_tensor
 
 
 def make_patch(

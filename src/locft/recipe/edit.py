@@ -26,14 +26,8 @@ from locft.model.load import context_tokens
 from locft.model.location import Location, parse_location, resolve_location
 from locft.model.split import split_model
 from locft.model.weights import match_tensors, stored_values, swapped_in
-from locft.patch.format import (
-    PATCH_FOLDER,
-    PatchLocation,
-    PatchManifest,
-    PatchModel,
-    read_patch,
-    write_patch,
-)
+from locft.patch.format import PATCH_FOLDER, read_patch, write_patch
+from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
 from locft.patch.weights import make_patch, patched_values
 from locft.provenance import (
     Stopwatch,

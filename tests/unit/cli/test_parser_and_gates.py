@@ -13,21 +13,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import locft
-from locft.checkpoint import TensorData, hash_tensor, write_safetensors
 from locft.cli.gates import Gate, parse_gate
 from locft.cli.main import main
 from locft.cli.parser import build_parser, parse_words
 from locft.config import RunConfig, read_config, to_toml
 from locft.errors import ConfigError, EvaluationError
-from locft.patch.format import (
-    Patch,
-    PatchLocation,
-    PatchManifest,
-    PatchModel,
-    PatchTensor,
-    write_patch,
-)
+from locft.patch.format import Patch, PatchTensor, write_patch
+from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
 from locft.report.words import SCORE_NAMES
+from locft.tensorfile import TensorData, hash_tensor, write_safetensors
 from locft.types import Figure, Scores
 
 COMMANDS = ("edit", "ask", "eval", "lint", "apply", "convert")

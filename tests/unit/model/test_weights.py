@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from test_structure_and_location import family_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from locft.checkpoint import TensorData, read_checkpoint, read_tensor
+from locft.checkpoint import read_checkpoint
 from locft.errors import ModelError
 from locft.model.load import load_model
 from locft.model.weights import match_parameters, match_tensors, swapped_in, to_data, to_tensor
+from locft.tensorfile import TensorData, read_tensor
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 DTYPES = {

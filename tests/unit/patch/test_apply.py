@@ -13,24 +13,12 @@ import safetensors
 import safetensors.numpy
 
 import locft
-from locft.checkpoint import (
-    TensorData,
-    hash_tensor,
-    read_checkpoint,
-    read_tensor,
-    write_safetensors,
-)
+from locft.checkpoint import read_checkpoint
 from locft.errors import InputError, ModelError, PatchError
 from locft.patch.apply import apply_patch, output_bytes
-from locft.patch.format import (
-    Patch,
-    PatchLocation,
-    PatchManifest,
-    PatchModel,
-    PatchTensor,
-    read_patch,
-    write_patch,
-)
+from locft.patch.format import Patch, PatchTensor, read_patch, write_patch
+from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
+from locft.tensorfile import TensorData, hash_tensor, read_tensor, write_safetensors
 
 MANIFEST = PatchManifest(
     locft_version="0.1.0",

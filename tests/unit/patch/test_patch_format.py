@@ -14,17 +14,10 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from locft.checkpoint import TensorData, hash_tensor, write_safetensors
 from locft.errors import InputError, PatchError
-from locft.patch.format import (
-    Patch,
-    PatchLocation,
-    PatchManifest,
-    PatchModel,
-    PatchTensor,
-    read_patch,
-    write_patch,
-)
+from locft.patch.format import Patch, PatchTensor, read_patch, write_patch
+from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
+from locft.tensorfile import TensorData, hash_tensor, write_safetensors
 
 MANIFEST = PatchManifest(
     locft_version="0.1.0",

@@ -1,0 +1,205 @@
+"""The manifest of a patch, `patch.json`: what the patch belongs to, and how it came about.
+
+`manifest_sha256` ties it to itself, so that every changed character is noticed.
+"""
+
+import hashlib
+import json
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from locft.errors import PatchError
+from locft.strictjson import is_whole_numbers, parse_json
+
+MANIFEST_FILE = "patch.json"
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchModel:
+    """The model that a patch was made from.
+
+    Attributes:
+        id: Its repository or folder, as the user named it.
+        revision: Its commit; None if it has none.
+    """
+
+    id: str
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchLocation:
+    """The part of the model that was tuned.
+
+    Attributes:
+        name: The location's name, with the layer's index ("20.mlp.down").
+        layer: Index of its layer, from 0; None if it is in no layer.
+        module: Which part of the layer ("mlp.down").
+        num_parameters: How many weights were tuned.
+    """
+
+    name: str
+    layer: int | None
+    module: str
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchManifest:
+    """How a patch came about.
+
+    Attributes:
+        locft_version: The locft that made it.
+        model: The model that it was made from.
+        location: What was tuned.
+        dtype: Safetensors name of the dtype in which the checkpoint stores the location.
+        settings: The settings of the training run, as JSON values.
+        num_edits: How many edits were trained.
+        edits_sha256: Hash of the edits, in lower-case hexadecimal.
+    """
+
+    locft_version: str
+    model: PatchModel
+    location: PatchLocation
+    dtype: str
+    settings: dict[str, Any]
+    num_edits: int
+    edits_sha256: str
+
+    @property
+    def format(self) -> Literal["raw", "chat"]:
+        """How prompts were put to the model in training."""
+        return "chat" if self.settings.get("format") == "chat" else "raw"
+
+
+def read_manifest(path: Path) -> tuple[PatchManifest, dict[str, dict[str, Any]]]:
+    """Read `patch.json`: the manifest, and each tensor's fields besides its data."""
+    try:
+        record = parse_json(path.read_bytes())
+    except OSError as error:
+        raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PatchError(f"{path}: is damaged: {error}") from error
+    version = record.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise PatchError(
+            f"{path}: format_version is {version}, this locft reads {FORMAT_VERSION}:"
+            " upgrade it with pip install --upgrade locft"
+        )
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise PatchError(
+            f"{path}: format_version: expected {FORMAT_VERSION}, found {reprlib.repr(version)}"
+        )
+
+    _check_fields(
+        f"{path}: ",
+        record,
+        {
+            "format_version": _NUMBER,
+            "locft_version": _TEXT,
+            "model": _OBJECT,
+            "location": _OBJECT,
+            "dtype": _TEXT,
+            "tensors": _OBJECT,
+            "settings": _OBJECT,
+            "num_edits": _NUMBER,
+            "edits_sha256": _HASH,
+            "manifest_sha256": _HASH,
+        },
+    )
+    _check_fields(f"{path}: model.", record["model"], {"id": _TEXT, "revision": _TEXT.or_null()})
+    _check_fields(
+        f"{path}: location.",
+        record["location"],
+        {"name": _TEXT, "layer": _NUMBER.or_null(), "module": _TEXT, "num_parameters": _NUMBER},
+    )
+    if not record["tensors"]:
+        raise PatchError(f"{path}: tensors: expected at least one")
+    for name, fields in record["tensors"].items():
+        where = f"{path}: tensors[{name!r}]"
+        if not isinstance(fields, dict):
+            raise PatchError(f"{where}: expected an object, found {reprlib.repr(fields)}")
+        _check_fields(
+            f"{where}.",
+            fields,
+            {"dtype": _TEXT, "shape": _SHAPE, "old_sha256": _HASH, "new_sha256": _HASH},
+        )
+
+    expected = record.pop("manifest_sha256")
+    try:
+        found = hash_manifest(record)
+    except (ValueError, RecursionError) as error:  # the settings: a number too large, or nesting
+        raise PatchError(f"{path}: settings: cannot be read: {error}") from error
+    if found != expected:
+        raise PatchError(
+            f"{path}: is damaged, or was changed by hand: expected manifest_sha256 {expected},"
+            f" found {found}"
+        )
+    manifest = PatchManifest(
+        locft_version=record["locft_version"],
+        model=PatchModel(**record["model"]),
+        location=PatchLocation(**record["location"]),
+        dtype=record["dtype"],
+        settings=record["settings"],
+        num_edits=record["num_edits"],
+        edits_sha256=record["edits_sha256"],
+    )
+    listed = {
+        name: {**fields, "shape": tuple(fields["shape"])} for name, fields in record["tensors"].items()
+    }
+    return manifest, listed
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a field of the manifest may hold: in words, and as a test."""
+
+    description: str
+    holds: Callable[[object], bool]
+
+    def or_null(self) -> "_Kind":
+        return _Kind(f"{self.description}, or null", lambda value: value is None or self.holds(value))
+
+
+_TEXT = _Kind("a text", lambda value: isinstance(value, str))
+
+_NUMBER = _Kind("a whole number, zero or more", lambda value: is_whole_numbers([value]))
+
+_SHAPE = _Kind("a list of whole numbers", is_whole_numbers)
+
+_OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
+
+_HASH = _Kind(
+    "64 lower-case hexadecimal digits",
+    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+)
+
+
+def _check_fields(where: str, record: Mapping[str, object], kinds: Mapping[str, _Kind]) -> None:
+    """Raise PatchError unless `record` has exactly the fields of `kinds`, each of its kind."""
+    for name in record:
+        if name not in kinds:
+            raise PatchError(f"{where}{name!r}: unknown field, expected only {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if name not in record:
+            raise PatchError(f"{where}{name}: is missing, expected {kind.description}")
+        if not kind.holds(record[name]):
+            raise PatchError(
+                f"{where}{name}: expected {kind.description}, found {reprlib.repr(record[name])}"
+            )
+
+
+def hash_manifest(record: Mapping[str, object]) -> str:
+    """Hash a manifest, without the field that will hold the hash."""
+    return hashlib.sha256(dump_manifest(record)).hexdigest()
+
+
+def dump_manifest(record: Mapping[str, object]) -> bytes:
+    """Write a manifest as bytes: equal ones give equal bytes."""
+    return (json.dumps(record, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
