@@ -31,6 +31,10 @@ examples:
   locft eval demo facts.jsonl --patch runs/facts
   locft eval ./edited-model facts.jsonl --base ./original-model --json
 """
+_ASK_EPILOG = """\
+An answer is the first line that holds something, of at most 32 tokens. Scores follow the published
+protocol instead, which also stops at ".".
+"""
 _STATUS = "exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted"
 
 
@@ -66,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(edit, "print report.json on stdout instead of tables")
     _add_settings(edit, {"method", "edits", "scores", "machine", "model"})
 
-    ask = _command(commands, "ask", "ask a model, before and after an edit side by side", "")
+    ask = _command(commands, "ask", "ask a model, before and after an edit side by side", _ASK_EPILOG)
     ask.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     ask.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to ask")
     ask.add_argument("--patch", metavar="P", help="patch or run folder")

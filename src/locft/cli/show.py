@@ -6,19 +6,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from locft.report.markdown import Example, in_order
+from locft.report.markdown import NUM_EXAMPLES, Example, in_order
 from locft.report.schema import Cost, EditReport
 from locft.report.words import (
     MEANINGS,
     SCORE_NAMES,
     bytes_text,
+    counted,
     figure_text,
     seconds_text,
     verdict,
 )
 from locft.types import Scores
 
-_NUM_EXAMPLES = 12
 _WIDTH_PIPED = 120
 
 
@@ -30,8 +30,8 @@ def make_console() -> Console:
 
 def show_edit(console: Console, report: EditReport, examples: Sequence[Example], run: str) -> None:
     """Show an edit run: answers before and after, scores, cost, and where the patch is."""
-    shown = in_order(examples)[:_NUM_EXAMPLES]
-    title = f"{len(shown)} of {len(examples):,} edits, failures first"
+    shown = in_order(examples)[:NUM_EXAMPLES]
+    title = f"{len(shown)} of {counted(len(examples), 'edit')}, failures first; all: {run}/answers.jsonl"
     table = _table(title, "prompt", "target", "before", "after", "")
     for example in shown:
         mark = Text("ok", style="green") if example.is_match else Text("missed", style="red")

@@ -41,6 +41,7 @@ from locft.provenance import (
 )
 from locft.report.markdown import Example, draw_markdown
 from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo, to_json
+from locft.report.words import counted
 from locft.staging import refuse_taken
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_schedule
@@ -104,7 +105,7 @@ def edit(
     model_info = describe_model(subject.loaded)
     watch.lap("load")
     prompts = prompts_of(gathered.edits)
-    say(f"answering {len(set(prompts)):,} prompts before the edit")
+    say(f"answering {counted(len(set(prompts)), 'prompt')} before the edit")
     base_answers = subject.answer(prompts, "answering, unedited")
     watch.lap("eval")
 
@@ -114,7 +115,7 @@ def edit(
         schedule = choose_schedule(config, len(gathered.edits), shapes)
         say(
             f"training {location.name} ({location.num_parameters:,} parameters) on "
-            f"{len(gathered.edits):,} edits: at most {schedule.epochs} epochs, batches of "
+            f"{counted(len(gathered.edits), 'edit')}: at most {schedule.epochs} epochs, batches of "
             f"{schedule.batch_size}, learning rate {schedule.lr:.3g}"
         )
         cache = build_cache(split, [subject.codec.encode(edit) for edit in gathered.edits])

@@ -26,6 +26,7 @@ from locft.provenance import (
     peak_memory_bytes,
 )
 from locft.report.schema import SCHEMA_VERSION, EvalCost, EvalReport
+from locft.report.words import counted
 from locft.types import Edit
 
 
@@ -120,7 +121,7 @@ def evaluate(
     say_warnings(gathered, warnings, say)
     watch.lap("load")
     prompts = prompts_of(gathered.edits)
-    say(f"answering {len(set(prompts)):,} prompts")
+    say(f"answering {counted(len(set(prompts)), 'prompt')}")
     base_answers: dict[str, str] | None = None
     drift: Drift | None = None
     if found is not None:

@@ -9,12 +9,13 @@ from locft.report.words import (
     MEANINGS,
     SCORE_NAMES,
     bytes_text,
+    counted,
     figure_text,
     seconds_text,
     verdict,
 )
 
-_NUM_EXAMPLES = 10
+NUM_EXAMPLES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,14 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
 
     Args:
         report: The report.
-        examples: The edits' prompts with their answers; the first ten are shown, failures first.
+        examples: The edits' prompts with their answers; the first twelve are shown, failures first.
 
     Returns:
         The text of `report.md`.
     """
-    failures_first = in_order(examples)[:_NUM_EXAMPLES]
+    failures_first = in_order(examples)[:NUM_EXAMPLES]
     lines = [
-        f"# {report.edits.num_edits:,} edits in {_escape(report.model.id)}",
+        f"# {counted(report.edits.num_edits, 'edit')} in {_escape(report.model.id)}",
         "",
         f"**{verdict(report.scores, report.edits.num_edits)}**",
         "",
@@ -107,7 +108,10 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {name} | {_escape(str(value))} |" for name, value in report.settings.items()),
+        *(
+            f"| {name} | {_escape('none' if value is None else str(value))} |"
+            for name, value in report.settings.items()
+        ),
         "",
         "## Cost",
         "",

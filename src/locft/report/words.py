@@ -45,6 +45,11 @@ def verdict(scores: Scores, num_edits: int) -> str:
     return "; ".join(parts) + "."
 
 
+def counted(num: int, noun: str) -> str:
+    """Word a count: ``1 edit``, ``1,000 edits``."""
+    return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
+
+
 def bytes_text(num: int) -> str:
     """Word a size: ``3.5 MB``."""
     size = float(num)

@@ -195,7 +195,7 @@ def test_whatever_the_text_every_table_keeps_its_shape(text: str) -> None:
     assert drawn.count("\n") == plain.count("\n")
 
 
-def test_the_first_ten_answers_are_shown_failures_first() -> None:
+def test_the_first_twelve_answers_are_shown_failures_first() -> None:
     examples = [example(f"prompt {i}", is_match=i not in (7, 14)) for i in range(15)]
     # Of those that took, the ones that change nothing to see come last.
     examples[0] = dataclasses.replace(examples[0], before="")
@@ -206,8 +206,8 @@ def test_the_first_ten_answers_are_shown_failures_first() -> None:
         ["yes", "prompt 1"],
     ]
     assert "prompt 0" not in [row[1] for row in rows]
-    assert len(rows) == 10
-    assert "## Answers (10 of 15, failures first)" in draw_markdown(make_report(), examples)
+    assert len(rows) == 12
+    assert "## Answers (12 of 15, failures first)" in draw_markdown(make_report(), examples)
 
 
 def test_the_markdown_tells_scores_cost_and_change() -> None:
@@ -226,7 +226,7 @@ def test_the_markdown_tells_scores_cost_and_change() -> None:
     assert kinds[1] == ["plain", "0.0421 [0.0391, 0.0455], 40 passages"]
     assert len(answers) == 1
     assert matrices[1] == ["`layers.2.w`", "32 x 64", "BF16", "12.5%"]
-    assert settings[1:] == [["lr", "auto"], ["drift_text", "plain"], ["revision", "None"]]
+    assert settings[1:] == [["lr", "auto"], ["drift_text", "plain"], ["revision", "none"]]
     for part in (
         "2,048 of 40,000 parameters (5.12%)",
         "The patch takes 9.4 kB",
