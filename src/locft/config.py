@@ -154,8 +154,8 @@ def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     known = [setting.name for setting in settings()]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0)[0]
+            advice = f"did you mean {near!r}? known: {', '.join(known)}"
             raise ConfigError(f"unknown setting {key!r}: {advice}")
     return replace(config, **values)
 
