@@ -22,8 +22,8 @@ from locft.errors import ModelError, first_line
 from locft.model.structure import Layers, find_layers
 
 Tail = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Float32 logits agree to rounding; bfloat16 ones differ by up to a percent between kernels, which
-# moves predictions by far less than a wrong mask does.
+# Float32 logits agree to rounding. Bfloat16 ones are too coarse to compare by value, but what rounding
+# does to predictions is far less than what a wrong mask does.
 _LARGEST_DIFFERENCE = 2e-5
 _LARGEST_DIVERGENCE = 0.02
 _PROBE_LENGTHS = (11, 7)  # two rows of unequal length, so that right padding is probed too
