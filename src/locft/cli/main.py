@@ -163,7 +163,7 @@ def _apply(words: argparse.Namespace) -> int:
 def _convert(words: argparse.Namespace) -> int:
     _quiet_libraries()
     from locft.model.gguf import convert_gguf
-    from locft.staging import staged_folder
+    from locft.publish import staged_folder
 
     with staged_folder(Path(words.output)) as staged:
         convert_gguf(Path(words.file), staged)

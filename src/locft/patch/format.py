@@ -19,8 +19,9 @@ from locft.patch.manifest import (
     dump_manifest,
     hash_manifest,
     read_manifest,
+    to_manifest,
 )
-from locft.staging import staged_folder
+from locft.publish import staged_folder
 from locft.tensorfile import TensorData, hash_tensor, read_header, read_tensor, write_safetensors
 
 TENSORS_FILE = "patch.safetensors"
@@ -73,20 +74,6 @@ def write_patch(patch: Patch, folder: Path) -> None:
         TypeError: A setting is of a type that JSON does not have.
         ValueError: A tensor's data is not of its size, or a setting is not finite.
     """
-    record = {
-        "format_version": FORMAT_VERSION,
-        **dataclasses.asdict(patch.manifest),
-        "tensors": {
-            name: {
-                "dtype": tensor.dtype,
-                "shape": tensor.shape,
-                "old_sha256": tensor.old_sha256,
-                "new_sha256": tensor.new_sha256,
-            }
-            for name, tensor in patch.tensors.items()
-        },
-    }
-    record["manifest_sha256"] = hash_manifest(record)
     with staged_folder(folder) as staging:
         write_safetensors(
             staging / TENSORS_FILE,
@@ -95,9 +82,28 @@ def write_patch(patch: Patch, folder: Path) -> None:
                 for name, tensor in patch.tensors.items()
             },
         )
-        (staging / MANIFEST_FILE).write_bytes(dump_manifest(record))
+        (staging / MANIFEST_FILE).write_bytes(dump_manifest(manifest_record(patch)))
         # Nobody shall find out later that a patch cannot be read.
         read_patch(staging)
+
+
+def manifest_record(patch: Patch) -> dict[str, Any]:
+    """Build what `patch.json` holds of a patch; its `manifest_sha256` is the patch's identity."""
+    record = {
+        "format_version": FORMAT_VERSION,
+        **dataclasses.asdict(patch.manifest),
+        "tensors": {
+            name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "old_sha256": tensor.old_sha256,
+                "new_sha256": tensor.new_sha256,
+            }
+            for name, tensor in patch.tensors.items()
+        },
+    }
+    record["manifest_sha256"] = hash_manifest(record)
+    return record
 
 
 def read_patch(folder: str | Path) -> Patch:
@@ -123,8 +129,9 @@ def read_patch(folder: str | Path) -> Patch:
                 f"{folder}: is not a patch: has no regular file {name}"
                 f" (a patch is a folder with {MANIFEST_FILE} and {TENSORS_FILE})"
             )
-    manifest, listed = read_manifest(folder / MANIFEST_FILE)
-    return Patch(tensors=_read_tensors(folder / TENSORS_FILE, listed), manifest=manifest)
+    record = read_manifest(folder / MANIFEST_FILE)
+    tensors = _read_tensors(folder / TENSORS_FILE, record["tensors"])
+    return Patch(tensors=tensors, manifest=to_manifest(record))
 
 
 def open_patch(path: Path) -> Patch:
@@ -153,12 +160,12 @@ def _read_tensors(path: Path, listed: Mapping[str, Mapping[str, Any]]) -> dict[s
         tensors = {}
         for name, fields in listed.items():
             entry = entries[name]
-            if (entry.dtype, entry.shape) != (fields["dtype"], fields["shape"]):
+            if (entry.dtype, list(entry.shape)) != (fields["dtype"], fields["shape"]):
                 raise PatchError(
                     f"{path}: tensor {name!r}: expected {fields['dtype']} {fields['shape']} as in"
-                    f" {MANIFEST_FILE}, found {entry.dtype} {entry.shape}"
+                    f" {MANIFEST_FILE}, found {entry.dtype} {list(entry.shape)}"
                 )
-            tensor = PatchTensor(data=read_tensor(entry), **fields)
+            tensor = PatchTensor(data=read_tensor(entry), **{**fields, "shape": entry.shape})
             found = hash_tensor(tensor.dtype, tensor.shape, tensor.data)
             if found != tensor.new_sha256:
                 raise PatchError(

@@ -78,14 +78,32 @@ class PatchManifest:
         return "chat" if self.settings.get("format") == "chat" else "raw"
 
 
-def read_manifest(path: Path) -> tuple[PatchManifest, dict[str, dict[str, Any]]]:
-    """Read `patch.json`: the manifest, and each tensor's fields besides its data."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read `patch.json` and check every field of it.
+
+    Raises:
+        PatchError: It is damaged, or of a newer version; names the field.
+    """
     try:
         record = parse_json(path.read_bytes())
     except OSError as error:
         raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise PatchError(f"{path}: is damaged: {error}") from error
+    check_manifest(str(path), record)
+    return record
+
+
+def check_manifest(path: str, record: Mapping[str, Any]) -> None:
+    """Check every field of a manifest, its hash included.
+
+    Args:
+        path: Where the manifest stands, for messages.
+        record: The manifest as JSON holds it.
+
+    Raises:
+        PatchError: It is damaged, or of a newer version; names the field.
+    """
     version = record.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise PatchError(
@@ -131,9 +149,9 @@ def read_manifest(path: Path) -> tuple[PatchManifest, dict[str, dict[str, Any]]]
             {"dtype": _TEXT, "shape": _SHAPE, "old_sha256": _HASH, "new_sha256": _HASH},
         )
 
-    expected = record.pop("manifest_sha256")
+    expected = record["manifest_sha256"]
     try:
-        found = hash_manifest(record)
+        found = hash_manifest({key: record[key] for key in record if key != "manifest_sha256"})
     except (ValueError, RecursionError) as error:  # the settings: a number too large, or nesting
         raise PatchError(f"{path}: settings: cannot be read: {error}") from error
     if found != expected:
@@ -141,7 +159,11 @@ def read_manifest(path: Path) -> tuple[PatchManifest, dict[str, dict[str, Any]]]
             f"{path}: is damaged, or was changed by hand: expected manifest_sha256 {expected},"
             f" found {found}"
         )
-    manifest = PatchManifest(
+
+
+def to_manifest(record: Mapping[str, Any]) -> PatchManifest:
+    """Take the manifest out of a record that `check_manifest` found sound."""
+    return PatchManifest(
         locft_version=record["locft_version"],
         model=PatchModel(**record["model"]),
         location=PatchLocation(**record["location"]),
@@ -150,10 +172,6 @@ def read_manifest(path: Path) -> tuple[PatchManifest, dict[str, dict[str, Any]]]
         num_edits=record["num_edits"],
         edits_sha256=record["edits_sha256"],
     )
-    listed = {
-        name: {**fields, "shape": tuple(fields["shape"])} for name, fields in record["tensors"].items()
-    }
-    return manifest, listed
 
 
 @dataclass(frozen=True)

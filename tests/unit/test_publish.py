@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from locft.errors import InputError
-from locft.staging import staged_folder
+from locft.publish import staged_folder
 
 
 def test_folder_appears_only_when_the_body_is_done(tmp_path: Path) -> None:
