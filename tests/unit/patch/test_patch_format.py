@@ -239,8 +239,8 @@ def nest(depth: int) -> list[Any]:
         (lambda r: r.update(tensors={}), "tensors: expected at least one"),
         (lambda r: r["tensors"].update(x=1), r"tensors\['x'\]: expected an object"),
         (lambda r: r["tensors"]["a.weight"].update(shape=[3.0, 2]), r"\.shape: expected a list"),
-        (lambda r: r["tensors"]["a.weight"].update(shape=[2, 3]), r"expected BF16 \(2, 3\)"),
-        (lambda r: r["tensors"]["a.weight"].update(dtype="F16"), r"expected F16 \(3, 2\)"),
+        (lambda r: r["tensors"]["a.weight"].update(shape=[2, 3]), r"expected BF16 \[2, 3\]"),
+        (lambda r: r["tensors"]["a.weight"].update(dtype="F16"), r"expected F16 \[3, 2\]"),
         (lambda r: r["tensors"]["a.weight"].pop("old_sha256"), r"\.old_sha256: is missing"),
         (
             lambda r: r["tensors"]["a.weight"].update(new_sha256="0" * 64),
