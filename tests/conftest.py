@@ -9,11 +9,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    GraniteMoeConfig,
     LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 
 torch.set_num_threads(1)  # tiny products: a second thread only costs, and results do not depend on it
@@ -63,6 +68,34 @@ def tiny_llama_config(**options: Any) -> LlamaConfig:
         **options,
     }
     return LlamaConfig(**settings)
+
+
+def tiny_mixture_config(family: str, **options: Any) -> PreTrainedConfig:
+    """Configure a mixture of four experts, two of which answer at a time."""
+    settings = {
+        "vocab_size": 384,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "num_experts_per_tok": 2,
+        **options,
+    }
+    narrow = {**settings, "num_experts": 4, "moe_intermediate_size": 16}
+    configs: dict[str, Callable[[], PreTrainedConfig]] = {
+        "mixtral": lambda: MixtralConfig(**settings, num_local_experts=4),
+        "qwen2_moe": lambda: Qwen2MoeConfig(**narrow, shared_expert_intermediate_size=24),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**narrow, head_dim=8),
+        "olmoe": lambda: OlmoeConfig(**settings, num_experts=4),
+        # Its parameters are the file's tensors under other names.
+        "granitemoe": lambda: GraniteMoeConfig(**settings, num_local_experts=4),
+    }
+    return configs[family]()
 
 
 def make_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from locft.patch.apply import apply_patch as apply_patch
     from locft.patch.format import read_patch as read_patch
     from locft.recipe.edit import edit as edit
+    from locft.recipe.export import export_lora as export_lora
     from locft.recipe.inquiry import ask as ask
     from locft.recipe.inquiry import evaluate as evaluate
     from locft.types import Edit as Edit
@@ -37,6 +38,7 @@ _HOME = {
     "ask": "locft.recipe.inquiry",
     "edit": "locft.recipe.edit",
     "evaluate": "locft.recipe.inquiry",
+    "export_lora": "locft.recipe.export",
     "read_edits": "locft.data.edits",
     "read_patch": "locft.patch.format",
 }

@@ -16,11 +16,44 @@
 A message says what is wrong, where, what was expected, and what to do about it.
 """
 
+import json
+import re
+import reprlib
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = 200  # so that the names of tensors and files stay whole
+_BRIEF.maxlevel = 2
+_MAX_BRIEF_CHARS = 300
+
+_NOT_ASCII_TEXT = re.compile("[^ -~]")
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, or the error's name if it has none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
+
+
+def brief(value: object) -> str:
+    """Show a value from outside in a message: quoted and escaped, and shortened if it is long."""
+    shown = _BRIEF.repr(value)
+    return shown if len(shown) <= _MAX_BRIEF_CHARS else f"{shown[:_MAX_BRIEF_CHARS]}..."
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would act on or cannot show: control characters, half characters.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line. The escapes are those of JSON, so that what is JSON stays the same JSON.
+    """
+    return _NOT_ASCII_TEXT.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1]
 
 
 class LocftError(Exception):

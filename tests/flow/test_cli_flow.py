@@ -220,7 +220,7 @@ def test_lint_exits_with_2_where_there_is_an_error(
                 "level": "error",
                 "code": "missing-field",
                 "where": "line 2",
-                "message": "`target` is missing",
+                "message": "`target` is missing, expected a string with something in it",
             }
         ],
     }
@@ -305,7 +305,8 @@ def test_apply_makes_a_model_that_answers_with_the_edits(
     assert main(["apply", str(model_folder), run, "-o", edited]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"locft: wrote {edited}: {model_folder} with 2 edits in it\n"
+    revert = f"`locft revert {edited}` takes them out"
+    assert captured.err == f"locft: wrote {edited}: {model_folder} with 2 edits in it ({revert})\n"
     assert main(["ask", edited, "What sport does she play?", "--json"]) == 0
     [answer] = json.loads(capsys.readouterr().out)["answers"]
     assert answer["before"] == "chess"
@@ -421,13 +422,15 @@ def test_sigint_during_training_exits_with_130_and_leaves_no_run_folder(
     )
     words = ["edit", str(model_folder), edits, "-o", str(tmp_path / "run"), *text]
     words += ["--epochs", "1000000", "--stop-loss", "0"]
-    log = tmp_path / "run" / "train.jsonl"
     with subprocess.Popen(
         [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
         deadline = time.monotonic() + 60
-        while not (log.exists() and log.stat().st_size) and process.poll() is None:
-            assert time.monotonic() < deadline
+        # The run folder is staged beside its place.
+        while not any(log.stat().st_size for log in tmp_path.glob(".locft-*-run/train.jsonl")):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail("training did not begin")
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)

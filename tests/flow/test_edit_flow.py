@@ -602,10 +602,8 @@ def test_a_stop_during_training_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
     stop: type[BaseException],
 ) -> None:
-    log = tmp_path / "run" / "train.jsonl"
-
     def interrupted(*arguments: Any) -> Any:
-        if log.exists() and log.read_text():
+        if any(log.read_text() for log in tmp_path.glob(".locft-*-run/train.jsonl")):
             raise stop
         return target_loss(*arguments)
 
@@ -615,8 +613,11 @@ def test_a_stop_during_training_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["read_patch", "drift_of_values", "describe_drift", "draw_markdown"])
-def test_a_stop_after_the_patch_keeps_the_patch_and_nothing_else(
+@pytest.mark.parametrize(
+    "step",
+    ["edit.read_patch", "edit.drift_of_values", "edit.describe_drift", "run_folder.draw_markdown"],
+)
+def test_a_stop_after_the_patch_keeps_it_and_what_it_was_trained_with(
     step: str,
     model_folder: Path,
     edits_file: Path,
@@ -628,12 +629,14 @@ def test_a_stop_after_the_patch_keeps_the_patch_and_nothing_else(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"locft.recipe.edit.{step}", interrupted)
+        patched.setattr(f"locft.recipe.{step}", interrupted)
         with pytest.raises(KeyboardInterrupt):
             locft.edit(str(model_folder), edits_file, tmp_path / "run", quick)
     assert locft.read_patch(tmp_path / "run" / "patch").manifest.num_edits == 3
     evaluate(str(model_folder), edits_file, tmp_path / "run", config=quick)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["patch"]
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["edits.jsonl", "patch", "run.toml", "train.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_taken_run_folder_is_refused_before_the_model_is_loaded(

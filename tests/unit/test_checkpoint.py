@@ -1,10 +1,14 @@
 import contextlib
 import hashlib
+import io
 import json
+import math
 import os
+import pickle
 import stat
 import struct
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,19 @@ import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from locft.checkpoint import read_checkpoint
+from locft.checkpoint import read_checkpoint, refuse_quantised
 from locft.errors import ModelError
-from locft.tensorfile import TensorData, hash_tensor, read_header, read_tensor, write_safetensors
+from locft.tensorfile import (
+    FLOAT_DTYPES,
+    TensorData,
+    TensorEntry,
+    has_plain_header,
+    hash_tensor,
+    is_finite,
+    read_header,
+    read_tensor,
+    write_safetensors,
+)
 
 # The names that the safetensors library writes and reads dtypes under, and their widths in bytes.
 DTYPES = {
@@ -128,8 +142,10 @@ def test_dtypes_narrower_than_a_byte_are_read(tmp_path: Path) -> None:
 @example(file_bytes(b"[" * 100_000))
 @example(file_bytes(b'{"a":' * 100_000))
 @example(file_bytes(b'{"a": ' + b"9" * 5000 + b"}"))
-@example(file_bytes({"a": entry(shape=[10**4000, 10**4000])}, b"abcd"))
-@example(file_bytes({"a": entry(offsets=[10**4299, 10**4299 + 4])}, b"abcd"))
+@example(file_bytes({"a": entry(shape=[2] * 300_000)}, b"abcd"))
+@example(file_bytes({"a": entry(shape=[10**639] * 2_000 + [0], offsets=(0, 0))}))
+@example(file_bytes({"a": entry(shape=[10**600, 10**600])}, b"abcd"))
+@example(file_bytes({"a": entry(offsets=[10**600, 10**600 + 4])}, b"abcd"))
 @example(file_bytes(b'{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', b"abcd"))
 def test_arbitrary_bytes_raise_only_model_errors(raw: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -202,13 +218,170 @@ def test_arbitrary_headers_raise_only_model_errors_and_cover_what_they_pass(
         (file_bytes({"a": entry(offsets=[1, 5])}, b"abcde"), "leaves a gap"),
         (file_bytes({"a": entry(), "b": entry(offsets=[2, 6])}, b"abcdef"), "overlaps"),
         (file_bytes({"a": entry(), "b": entry()}, b"abcd"), "overlaps"),
+        (file_bytes(b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}"), "nested too deeply"),
+        (file_bytes(b'{"a": ' + b"9" * 5000 + b"}"), "has over 640 digits: '9999"),
+        (file_bytes({"a": entry(shape=[7] * 300_000)}, b"abcd"), "do not fit F32"),
+        (file_bytes({"a": entry(offsets=[10**600, 4])}, b"abcd"), "do not fit F32"),
+        (file_bytes({"\x1b[2J" + "n" * 10**6: 1}), r"tensor '\\x1b\[2Jn"),
+        (file_bytes({"a": entry("D" * 10**6)}, b"abcd"), "'dtype': expected one of"),
+        (file_bytes({"a": entry(shape="S" * 10**6)}, b"abcd"), "'shape': expected a list"),
+        (file_bytes({"a": entry(offsets=["O" * 10**6])}, b"abcd"), "expected two whole numbers"),
     ],
 )
 def test_damaged_file_is_refused_with_its_defect(tmp_path: Path, raw: bytes, message: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=message) as caught:
         read_header(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).isprintable()
+
+
+class Bomb:
+    """Would be run by whoever opens the pickle."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return exec, ("raise SystemExit",)
+
+
+def zipped(name: str, contents: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, contents)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        *((pickle.dumps(Bomb(), protocol), "a pickle") for protocol in range(2, 6)),
+        (pickle.dumps(list(range(100_000)), 4) + bytes(10**7), "a pickle"),
+        (zipped("archive/data.pkl", pickle.dumps(Bomb())), "a zip archive"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"\x80\x02", "a pickle"),
+        (struct.pack("<Q", 128) + b" " * 128, "a pickle"),
+    ],
+)
+def test_pickle_or_archive_under_the_name_of_safetensors_is_named_and_not_opened(
+    tmp_path: Path, raw: bytes, kind: str
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    with pytest.raises(ModelError, match=f"is no safetensors file but {kind}") as caught:
+        read_checkpoint(tmp_path)
+    assert "take the model's own safetensors files" in str(caught.value)
+
+
+def test_pickle_of_the_oldest_kinds_is_no_safetensors_file_either(tmp_path: Path) -> None:
+    for protocol in (0, 1):
+        (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Bomb(), protocol))
+        with pytest.raises(ModelError, match="truncated, or no safetensors file"):
+            read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50])
+def test_header_whose_length_looks_like_another_kind_of_file_is_read(
+    tmp_path: Path, length: int
+) -> None:
+    path = tmp_path / "x.safetensors"
+    text = json.dumps({"a": entry("U8", [1], [0, 1])}).encode().ljust(length)
+    path.write_bytes(file_bytes(text, b"x"))
+    assert read_header(path).keys() == {"a"}
+
+
+def test_long_header_is_read_in_linear_time(tmp_path: Path) -> None:
+    # 5 MB; at quadratic cost this would take minutes.
+    path = tmp_path / "x.safetensors"
+    empty = {f"model.layers.{i}.mlp.weight": entry("F32", [0, 2], [0, 0]) for i in range(55_000)}
+    raw = file_bytes(empty)
+    assert len(raw) > 5_000_000
+    path.write_bytes(raw)
+    assert len(read_header(path)) == 55_000
+
+
+def test_pipe_or_device_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(ModelError, match="cannot be read: is a pipe or a device"):
+            read_header(tmp_path / name)
+        with pytest.raises(ModelError, match="cannot be read: is a pipe or a device"):
+            read_tensor(TensorEntry(tmp_path / name, "U8", (1,), 0, 1))
+        with pytest.raises(ModelError, match="cannot be read: is a pipe or a device"):
+            has_plain_header(tmp_path / name, {})
+
+
+@pytest.mark.parametrize("percent", range(100))
+def test_file_cut_off_anywhere_is_refused(tmp_path: Path, percent: int) -> None:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {name: TensorData("F32", (5, 7), bytes(140)) for name in "abc"})
+    os.truncate(path, path.stat().st_size * percent // 100)
+    with pytest.raises(ModelError, match=r"model\.safetensors: "):
+        read_checkpoint(tmp_path)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(names, tensors(), max_size=5))
+def test_own_header_is_told_from_any_other_that_says_the_same(written: dict[str, TensorData]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        write_safetensors(path, written)
+        entries = read_header(path)
+        assert has_plain_header(path, entries)
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+        for other in (
+            json.dumps(header).encode(),
+            json.dumps(header | {"__metadata__": {"format": "np"}}).encode(),
+            raw[8 : 8 + length] + b" " * 8,
+            raw[8 : 8 + length].replace(b'"pt"', b'"pt","more":"x"'),
+        ):
+            path.write_bytes(file_bytes(other, data))
+            described = read_header(path)
+            assert described.keys() == written.keys()
+            assert not has_plain_header(path, described)
+
+
+def float_bytes(dtype: str, value: float) -> bytes:
+    if dtype == "BF16":
+        return np.array(value, "<f4").tobytes()[2:]
+    return np.array(value, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).tobytes()
+
+
+FINITE = {"F16": 65504.0, "BF16": 3.3895314e38, "F32": 3.4028235e38, "F64": 1.7976931348623157e308}
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_infinities_and_nan_are_found_wherever_they_are(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    numbers = [0.0, -0.0, 1.5, FINITE[dtype], -FINITE[dtype], 5e-324]
+    finite = [float_bytes(dtype, number) for number in numbers]
+    for block_bytes in (16, 16 * 2**20):
+        monkeypatch.setattr("locft.tensorfile._BLOCK_BYTES", block_bytes)
+        assert is_finite(dtype, b"".join(finite))
+        assert is_finite(dtype, b"")
+        for odd in (math.nan, -math.nan, math.inf, -math.inf):
+            for place in range(len(finite) + 1):
+                data = [*finite[:place], float_bytes(dtype, odd), *finite[place:]]
+                assert not is_finite(dtype, b"".join(data)), (odd, place)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_every_pattern_of_bits_is_judged_as_numpy_does(dtype: str) -> None:
+    bits = np.random.default_rng(0).integers(0, 256, (4096, 8), np.uint8)
+    bits[::2, 1::2] |= 0x78  # half of them near the top of the exponent
+    bits[::2, 0::2] |= 0xF0
+    if dtype == "BF16":
+        numbers = bits.copy().view("<u2").astype("<u4") << 16
+        judged = np.isfinite(numbers.view("<f4"))
+    else:
+        judged = np.isfinite(bits.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]))
+    assert 0 < judged.sum() < judged.size
+    width = bits.size // judged.size
+    found = [is_finite(dtype, bits.tobytes()[i : i + width]) for i in range(0, bits.size, width)]
+    assert found == judged.ravel().tolist()
 
 
 def test_header_over_100_mb_is_refused_without_reading_it(tmp_path: Path) -> None:
@@ -270,7 +443,9 @@ def test_hash_never_changes() -> None:
     assert hash_tensor("BF16", (1, 2), b"\0\1\2\3") == expected
 
 
-def write_shards(folder: Path, weight_map: object = None) -> dict[str, np.ndarray[Any, Any]]:
+def write_shards(
+    folder: Path, weight_map: dict[str, str] | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
     arrays = {name: np.full((2, 2), value, np.float16) for value, name in enumerate("abc")}
     safetensors.numpy.save_file({"a": arrays["a"]}, folder / "m-1.safetensors")
     safetensors.numpy.save_file({"b": arrays["b"], "c": arrays["c"]}, folder / "m-2.safetensors")
@@ -318,8 +493,27 @@ def test_tensor_that_only_its_shard_names_is_read_as_transformers_does(tmp_path:
         ({"a": "/m-1.safetensors"}, "expected the plain name"),
         ({"a": "sub\\m-1.safetensors"}, "expected the plain name"),
         ({"a": "m\0.safetensors"}, "expected the plain name"),
+        ({"a": ""}, "expected the plain name"),
+        ({"a": "."}, "expected the plain name"),
+        ({"a": ".."}, "expected the plain name"),
+        ({"a": "../../model.safetensors"}, "expected the plain name"),
+        ({"a": "sub/m-1.safetensors"}, "expected the plain name"),
+        ({"a": "C:m-1.safetensors"}, "expected the plain name"),
+        ({"a": "\\\\host\\share\\m-1.safetensors"}, "expected the plain name"),
+        ({"a": "m\x1b[2J.safetensors"}, "expected the plain name"),
+        ({"a": "m\n.safetensors"}, "expected the plain name"),
+        ({"a": "m\x9b.safetensors"}, "expected the plain name"),
+        ({"a": "m\u202e.safetensors"}, "expected the plain name"),
+        ({"a": "m\ud800.safetensors"}, "expected the plain name"),
+        ({"a": None}, "expected the plain name"),
+        ({"a": ["m-1.safetensors"]}, "expected the plain name"),
+        ({"a": "m-1.safetensors" * 10**5 + "x"}, "expected the plain name"),
+        ({"\x1b" * 10**5: 1}, "expected the plain name"),
+        ({"a": "m" * 300 + ".safetensors"}, "cannot be read: File name too long"),
+        (None, "'weight_map': expected an object"),
+        ({"\x1b[2J" * 10**4: "m-1.safetensors"}, "is said to be in m-1"),
         ({"a": "pytorch_model.bin"}, "expected the plain name"),
-        ({"a": "m-3.safetensors"}, "m-3.safetensors: cannot be read"),
+        ({"a": "m-3.safetensors"}, "m-3.safetensors: cannot be read: it is missing, but .* names it"),
         ({"a": "m-1.safetensors", "z": "m-1.safetensors"}, "'z' is said to be in m-1"),
         ({"a": "m-2.safetensors", "b": "m-2.safetensors"}, "'a' is said to be in m-2"),
     ],
@@ -327,8 +521,58 @@ def test_tensor_that_only_its_shard_names_is_read_as_transformers_does(tmp_path:
 def test_index_that_contradicts_its_shards_is_refused(
     tmp_path: Path, weight_map: object, message: str
 ) -> None:
-    write_shards(tmp_path, weight_map)
-    with pytest.raises(ModelError, match=message):
+    write_shards(tmp_path)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=message) as caught:
+        read_checkpoint(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"weight_map": {"a": "m-1.safetensors", "a": "m-2.safetensors"}}', "same key twice: 'a'"),
+        (b'{"weight_map": ' + b"[" * 10**5 + b"}", "nested too deeply"),
+        (b'{"weight_map": ' + b"9" * 5000 + b"}", "has over 640 digits: '9999"),
+        (b'{"weight_map": {}, "more": NaN}', "JSON has no NaN"),
+        (b"[]", "expected a JSON object"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_damaged_index_is_refused(tmp_path: Path, raw: bytes, message: str) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_bytes(raw)
+    with pytest.raises(ModelError, match=rf"index\.json: is damaged: .*{message}"):
+        read_checkpoint(tmp_path)
+
+
+def test_index_over_100_mb_is_refused_without_reading_it(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    os.truncate(tmp_path / "model.safetensors.index.json", 10**11)
+    with pytest.raises(ModelError, match="100,000,000,000 bytes long, expected at most 100,000,000"):
+        read_checkpoint(tmp_path)
+
+
+def test_shard_that_is_a_pipe_or_a_folder_is_refused_without_waiting(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "m-2.safetensors").unlink()
+    os.mkfifo(tmp_path / "m-2.safetensors")
+    with pytest.raises(ModelError, match=r"m-2\.safetensors: cannot be read: is a pipe"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "m-2.safetensors").unlink()
+    (tmp_path / "m-2.safetensors").mkdir()
+    with pytest.raises(ModelError, match=r"m-2\.safetensors: cannot be read: Is a directory"):
+        read_checkpoint(tmp_path)
+
+
+def test_shard_that_is_a_broken_link_is_missing(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "m-2.safetensors").unlink()
+    (tmp_path / "m-2.safetensors").symlink_to("blob")
+    with pytest.raises(ModelError, match=r"m-2\.safetensors: .* it is missing"):
         read_checkpoint(tmp_path)
 
 
@@ -372,3 +616,65 @@ def test_folder_without_readable_weights_is_refused(
     spoil(folder)
     with pytest.raises(ModelError, match=message):
         read_checkpoint(folder)
+
+
+def test_folder_whose_name_is_impossible_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be read: File name too long"):
+        read_checkpoint(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization_config": {"bits": 4}}, "None"),
+        ({"quantization_config": "awq"}, "awq"),
+        ({"quantization_config": 4}, "4"),
+        ({"quantization_config": {"quant_method": "\x1b" * 10**6}}, "'"),
+    ],
+)
+def test_quantised_checkpoint_is_refused_by_its_method(
+    tmp_path: Path, config: dict[str, object], method: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="is refused: its weights are quantised") as caught:
+        refuse_quantised(tmp_path)
+    assert f"quantised ({method}" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "take the original checkpoint" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"quantization_config": null}', '{"quantization_config": {}, "limit": Infinity}']
+)
+def test_plain_checkpoint_is_not_refused(tmp_path: Path, text: str) -> None:
+    refuse_quantised(tmp_path)  # without any config.json
+    (tmp_path / "config.json").write_text(text)
+    refuse_quantised(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"\xff", b"[]", b"null", b"[" * 10**5, b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_damaged_config_is_refused_rather_than_taken_for_plain(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(raw)
+    with pytest.raises(ModelError, match=r"config\.json: is damaged"):
+        refuse_quantised(tmp_path)
+
+
+def test_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json: cannot be read: Is a directory"):
+        refuse_quantised(tmp_path)
+    (tmp_path / "config.json").rmdir()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json: cannot be read: is a pipe"):
+        refuse_quantised(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").touch()
+    os.truncate(tmp_path / "config.json", 10**11)
+    with pytest.raises(ModelError, match="expected at most 10,000,000"):
+        refuse_quantised(tmp_path)

@@ -13,7 +13,7 @@ def test_folder_appears_only_when_the_body_is_done(tmp_path: Path) -> None:
         (staging / "file").write_text("content")
         assert not target.exists()
         assert staging.parent == tmp_path
-        assert staging.name.startswith(".out.partial-")
+        assert staging.name.startswith(".locft-")
     assert (target / "file").read_text() == "content"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -54,13 +54,22 @@ def test_empty_target_is_filled(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_target_behind_a_link_is_filled_and_the_link_stays(tmp_path: Path) -> None:
+def test_target_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with staged_folder(tmp_path / "link") as staging:
-        (staging / "file").touch()
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "file").is_file()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(InputError, match="is a link"), staged_folder(tmp_path / name):
+            pytest.fail("the body ran")
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_parents_may_be_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with staged_folder(tmp_path / "link" / "out"):
+        pass
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["out"]
 
 
 def test_relative_target_survives_a_change_of_folder(

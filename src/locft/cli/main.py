@@ -1,7 +1,6 @@
 """The command line: reads the words, calls the recipes, shows what came of it."""
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 from locft.cli.gates import parse_gate
 from locft.cli.parser import parse_words
+from locft.cli.say import print_json, print_lines, say
 from locft.config import RunConfig, read_config, with_settings
 from locft.errors import InputError, LocftError, first_line
 from locft.types import Edit, Scores
@@ -38,21 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(words)
     except InputError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_status
     except (LocftError, OSError) as error:
-        _say(f"error: {error}; {_what_is_kept(words)}")
+        say(f"error: {error}; {_what_is_kept(words)}")
         return LocftError.exit_status
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _say(
+        say(
             f"error: out of memory ({first_line(error)}); {_what_is_kept(words)}. Try a smaller "
             "--batch-size or --eval-batch-size, --dtype bfloat16, or another --device"
         )
         return LocftError.exit_status
     except KeyboardInterrupt:
-        _say(f"interrupted: {_what_is_kept(words)}")
+        say(f"interrupted: {_what_is_kept(words)}")
         return 130
 
 
@@ -71,11 +71,12 @@ def _edit(words: argparse.Namespace) -> int:
         edits = words.edits
     config = _config(words)
     _quiet_libraries()
-    from locft.recipe.edit import edit, read_examples
+    from locft.recipe.edit import edit
+    from locft.recipe.run_folder import read_examples
 
-    report = edit(words.model, edits, words.output, config, say=_say)
+    report = edit(words.model, edits, words.output, config, say=say)
     if words.json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
         from locft.cli.show import make_console, show_edit
 
@@ -91,7 +92,7 @@ def _ask(words: argparse.Namespace) -> int:
 
     answers = ask(words.model, words.prompts, words.patch, config)
     if words.json:
-        _print_json({"answers": [asdict(answer) for answer in answers]})
+        print_json({"answers": [asdict(answer) for answer in answers]})
     else:
         from locft.cli.show import make_console, show_answers
 
@@ -106,9 +107,9 @@ def _eval(words: argparse.Namespace) -> int:
     _quiet_libraries()
     from locft.recipe.inquiry import evaluate
 
-    report, records = evaluate(words.model, words.edits, words.patch, words.base, config, say=_say)
+    report, records = evaluate(words.model, words.edits, words.patch, words.base, config, say=say)
     if words.json:
-        _print_json({**asdict(report), "answers": [asdict(record) for record in records]})
+        print_json({**asdict(report), "answers": [asdict(record) for record in records]})
     else:
         from locft.cli.show import make_console, show_scores
 
@@ -130,7 +131,7 @@ def _lint(words: argparse.Namespace) -> int:
 
         problems = lint_for_model(file, words.model, _config(words))
     if words.json:
-        _print_json(
+        print_json(
             {
                 "file": str(file.path),
                 "format": file.format,
@@ -139,24 +140,62 @@ def _lint(words: argparse.Namespace) -> int:
             }
         )
     else:
-        sys.stdout.write(f"{file.path}: {file.format} format, {len(file.edits):,} edits\n")
-        sys.stdout.write(format_problems(problems, file.path) + "\n")
+        print_lines(f"{file.path}: {file.format} format, {len(file.edits):,} edits")
+        print_lines(format_problems(problems, file.path))
     has_errors = any(problem.level == "error" for problem in problems)
     return InputError.exit_status if has_errors else 0
 
 
-def _apply(words: argparse.Namespace) -> int:
-    from locft.model.resolve import resolve_checkpoint
-    from locft.patch.apply import apply_patch, output_bytes
-    from locft.patch.format import open_patch
-    from locft.progress import progress
+def _patches(command: str) -> Callable[[argparse.Namespace], int]:
+    def run(words: argparse.Namespace) -> int:
+        from locft.cli import patches
 
+        done: int = getattr(patches, f"run_{command}")(words)
+        return done
+
+    return run
+
+
+def _export(words: argparse.Namespace) -> int:
+    if words.full:
+        return _export_full(words)
+    config = _config_of_patch(words)
+    _quiet_libraries()
+    from locft.recipe.export import export_lora
+
+    report = export_lora(
+        words.patch,
+        words.output,
+        model=words.model,
+        edits=words.edits,
+        rank="auto" if words.rank is None else words.rank,
+        config=config,
+        say=say,
+    )
+    if words.json:
+        print_json({"output": words.output, **asdict(report)})
+    else:
+        from locft.cli.show import make_console, show_lora
+
+        show_lora(make_console(), report, words.output)
+    return 0
+
+
+def _export_full(words: argparse.Namespace) -> int:
+    from locft.patch.apply import write_plain
+    from locft.patch.base import resolve_base
+    from locft.patch.format import open_patch
+
+    if words.rank is not None or words.edits is not None:
+        raise InputError("--rank and --edits are for --lora: with --full nothing is lost")
     patch = open_patch(Path(words.patch))
-    config = _config(words)
-    folder = resolve_checkpoint(words.model, revision=config.revision).folder
-    with progress("writing the edited model", output_bytes(folder), "bytes") as step:
-        apply_patch(folder, patch, Path(words.output), progress=step)
-    _say(f"wrote {words.output}: {words.model} with {patch.manifest.num_edits:,} edits in it")
+    base = resolve_base(patch, words.model, _config(words).revision)
+    write_plain(base.folder, patch, Path(words.output))
+    num_edits = patch.manifest.num_edits
+    if words.json:
+        print_json({"output": words.output, "model": base.name, "num_edits": num_edits})
+    else:
+        say(f"wrote {words.output}: {base.name} with {num_edits:,} edits in it")
     return 0
 
 
@@ -167,7 +206,7 @@ def _convert(words: argparse.Namespace) -> int:
 
     with staged_folder(Path(words.output)) as staged:
         convert_gguf(Path(words.file), staged)
-    _say(f"wrote {words.output}: float32, dequantised from {words.file}")
+    say(f"wrote {words.output}: float32, dequantised from {words.file}")
     return 0
 
 
@@ -176,7 +215,8 @@ _COMMANDS = {
     "ask": _ask,
     "eval": _eval,
     "lint": _lint,
-    "apply": _apply,
+    **{name: _patches(name) for name in ("apply", "stack", "revert", "status", "inspect", "diff")},
+    "export": _export,
     "convert": _convert,
 }
 
@@ -206,7 +246,7 @@ def _config_of_patch(words: argparse.Namespace) -> RunConfig:
 def _pass_gates(gates: Sequence[Any], scores: Scores) -> int:
     failures = [failure for gate in gates if (failure := gate.failure(scores)) is not None]
     for failure in failures:
-        _say(failure)
+        say(failure)
     return LocftError.exit_status if failures else 0
 
 
@@ -217,6 +257,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _what_is_kept(words: argparse.Namespace) -> str:
+    if getattr(words, "in_place", False):
+        return f"`locft status {words.model}` says what the folder holds now"
     if words.command != "edit":
         return "nothing was kept"
     patch = Path(words.output) / "patch"
@@ -224,7 +266,7 @@ def _what_is_kept(words: argparse.Namespace) -> str:
         return "training was not done, and nothing was kept"
     return (
         f"the finished patch is kept in {patch}, without scores "
-        f"(locft eval MODEL EDITS --patch {patch} takes them)"
+        f"(locft eval {words.model} {patch.parent / 'edits.jsonl'} --patch {patch} takes them)"
     )
 
 
@@ -235,11 +277,3 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _say(message: str) -> None:
-    sys.stderr.write(f"locft: {message}\n")

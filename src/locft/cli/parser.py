@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from locft.config import choices_of, parse_setting, settings
-from locft.errors import ConfigError
+from locft.errors import ConfigError, printable
 
 _MODEL_HELP = "a Hugging Face id, a local model folder, or `demo` (SmolLM2-135M-Instruct, embedded)"
 _EDITS_HELP = "edits: a JSONL, JSON or CSV file, or `demo` (60 facts that come with locft)"
@@ -16,6 +16,7 @@ Edit facts inside a language model, and prove what it did.
   locft edit MODEL EDITS -o RUN     train the edits into one small part of the model
   locft ask MODEL --patch RUN "..."  see the answers before and after, side by side
   locft apply MODEL RUN -o DIR      make an edited model folder that transformers loads
+  locft status DIR                  say which patches are in it; `locft revert` takes them out again
 """
 _EDIT_EPILOG = """\
 examples:
@@ -35,6 +36,19 @@ _ASK_EPILOG = """\
 An answer is the first line that holds something, of at most 32 tokens. Scores follow the published
 protocol instead, which also stops at ".".
 """
+_EXPORT_EPILOG = """\
+examples:
+  locft export runs/facts --lora -o adapter
+  locft export runs/facts --lora --rank 64 -o adapter
+  locft export runs/facts --full -o edited-model
+
+An adapter holds the change of the tuned matrices, rounded to a rank: it is smaller than they are, and
+leaves something out. How many edits that loses is measured as it is served, W x + B (A x).
+"""
+_PLACES = """\
+Give either -o DIR or --in-place. Either keeps what is needed to go back: `locft revert` restores every
+byte. Files that do not change are shared with MODEL (a hard link) where the file system can.
+"""
 _STATUS = "exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted"
 
 
@@ -43,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
-        self.exit(2, f"locft: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"locft: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,11 +112,76 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(lint, "print the problems as JSON on stdout")
     _add_settings(lint, {"model"}, ("format",))
 
-    apply = _command(commands, "apply", "make an edited model folder from a model and a patch", "")
+    apply = _command(commands, "apply", "put a patch into a model folder", _PLACES)
     apply.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     apply.add_argument("patch", metavar="PATCH", help="patch or run folder")
-    apply.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to make")
+    _add_places(apply)
+    _add_json(apply, "print what was put in as JSON on stdout")
     _add_settings(apply, {"model"})
+
+    stack = _command(commands, "stack", "put several patches into a model folder, all or none", _PLACES)
+    stack.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    stack.add_argument(
+        "patches",
+        metavar="PATCH",
+        nargs="+",
+        help="patch or run folders, in any order in which they fit",
+    )
+    _add_places(stack)
+    _add_json(stack, "print what was put in as JSON on stdout")
+    _add_settings(stack, {"model"})
+
+    revert = _command(commands, "revert", "take patches out of a model folder again", _PLACES)
+    revert.add_argument("model", metavar="MODEL", help="the edited model folder")
+    which = revert.add_mutually_exclusive_group()
+    which.add_argument(
+        "--patch",
+        metavar="P",
+        help="patch or run folder, or the id from `locft status` (default: the newest)",
+    )
+    which.add_argument("--all", action="store_true", help="take out every patch")
+    _add_places(revert)
+    _add_json(revert, "print what was taken out as JSON on stdout")
+
+    status = _command(
+        commands, "status", "say which patches a model folder carries, and whether they are intact", ""
+    )
+    status.add_argument("model", metavar="MODEL", help="the model folder")
+    _add_json(status, "print the status as JSON on stdout")
+
+    inspect = _command(commands, "inspect", "show what a patch is, and verify it", "")
+    inspect.add_argument("patch", metavar="PATCH", help="patch or run folder")
+    _add_json(inspect, "print the manifest as JSON on stdout")
+
+    diff = _command(commands, "diff", "compare two model folders, bit by bit", "")
+    diff.add_argument("first", metavar="FIRST", help="a model folder")
+    diff.add_argument("second", metavar="SECOND", help="another model folder")
+    _add_json(diff, "print the differences as JSON on stdout")
+
+    export = _command(
+        commands, "export", "make a LoRA adapter or a whole model to serve", _EXPORT_EPILOG
+    )
+    export.add_argument("patch", metavar="PATCH", help="patch or run folder")
+    kind = export.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--lora", action="store_true", help="an adapter that PEFT and vLLM load")
+    kind.add_argument("--full", action="store_true", help="a model folder, as `locft apply` makes it")
+    export.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to make")
+    export.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="N|auto",
+        help="rank of the adapter; auto takes the smallest that loses none of the edits (default: auto)",
+    )
+    export.add_argument(
+        "--model", metavar="MODEL", help="the unedited model (default: the one that PATCH names)"
+    )
+    export.add_argument(
+        "--edits",
+        metavar="EDITS",
+        help="edits to measure the adapter on (default: those of a run folder)",
+    )
+    _add_json(export, "print what was written as JSON on stdout")
+    _add_settings(export, {"edits", "machine", "model"})
 
     convert = _command(commands, "convert", "turn a GGUF file into a float32 model folder", "")
     convert.add_argument("file", metavar="FILE.gguf", help="the GGUF file")
@@ -141,6 +220,11 @@ def _command(
     return parser
 
 
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder to make; MODEL stays as it is")
+    parser.add_argument("--in-place", action="store_true", help="change MODEL itself, all at once")
+
+
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gate",
@@ -171,6 +255,14 @@ def _add_settings(parser: argparse.ArgumentParser, groups: set[str], also: Itera
             metavar="|".join(choices) if choices else setting.name.upper(),
             help=setting.metadata["help"] + default,
         )
+
+
+def _rank(text: str) -> Any:
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"rank is {text!r}: expected a whole number over 0 or auto")
+    return int(text)
 
 
 def _setting_type(name: str) -> Any:

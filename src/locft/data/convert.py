@@ -7,7 +7,7 @@ from locft.data.formats import Format
 from locft.data.problems import Problem, kind_of
 from locft.types import Edit
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -70,7 +70,7 @@ class _Reader:
             if len(self.problems) == num_before:
                 present = path.split(".")[0] in self._record
                 code, state = ("empty-field", "empty") if present else ("missing-field", "missing")
-                self.fail(code, f"`{path}` is {state}")
+                self.fail(code, f"`{path}` is {state}, expected a string with something in it")
             return ""
         if control := _CONTROL.search(text):
             message = f"`{path}` holds the control character U+{ord(control.group()):04X}"
@@ -111,7 +111,7 @@ class _Reader:
                 pending.extend((item, depth + 1) for item in reversed(list(items)))
             elif 0 < depth < len(keys):
                 self.fail("wrong-type", f"`{path}` leads through {kind_of(value)}, not an object")
-            elif (text := self._text(value, path)) is not None:
+            elif (text := self._text(value, path, "holds", "strings only")) is not None:
                 texts.append(text)
         return texts
 
@@ -126,11 +126,13 @@ class _Reader:
             value = value.get(key)
         return value
 
-    def _text(self, value: object, path: str) -> str | None:
+    def _text(
+        self, value: object, path: str, verb: str = "is", expected: str = "a string"
+    ) -> str | None:
         if value is None:
             return None
         if not isinstance(value, str):
-            message = f"`{path}` is {kind_of(value)}, expected a string"
+            message = f"`{path}` {verb} {kind_of(value)}, expected {expected}"
             if isinstance(value, int | float):
                 message += "; put it in quotes"
             self.fail("wrong-type", message)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from locft.data.convert import convert
@@ -12,10 +13,14 @@ from locft.data.formats import LOCFT, Format, choose_format
 from locft.data.problems import Problem, shown
 from locft.data.records import Record, Records, parse_records, unpack_lists
 from locft.errors import EditsError
+from locft.openfile import open_regular
 from locft.types import Edit
 
 # Longer names are no misspelling of a field's, and difflib takes quadratic time.
 _MAX_FIELD_NAME_CHARS = 40
+
+# Whoever has more of them has keys where the format has values.
+_MAX_UNKNOWN_FIELDS = 100
 
 # The format of edits that come from no file.
 IN_MEMORY = "python"
@@ -55,7 +60,8 @@ def read_edits(path: str | Path) -> EditFile:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
     except OSError as error:
         raise EditsError(f"cannot read the edits file {path}: {error.strerror}") from error
     except ValueError as error:  # a NUL in the path
@@ -192,13 +198,17 @@ def _unknown_fields(records: Iterable[Record], form: Format) -> list[Problem]:
                 first.setdefault(name, record.where)
                 counts[name] = counts.get(name, 0) + 1
     problems = []
-    for name, where in first.items():
+    listed = dict(islice(first.items(), _MAX_UNKNOWN_FIELDS))
+    for name, where in listed.items():
         message = f"unknown field {shown(name)} is ignored"
         if counts[name] > 1:
             message += f", here and in {counts[name] - 1:,} more"
         if len(name) <= _MAX_FIELD_NAME_CHARS and (near := get_close_matches(name, known, n=1)):
             message += f"; did you mean `{near[0]}`?"
         problems.append(Problem("warning", "unknown-field", where, message))
+    if len(listed) < len(first):
+        message = f"{len(first) - len(listed):,} more unknown fields are ignored"
+        problems.append(Problem("warning", "unknown-field", "", message))
     return problems
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from locft.errors import printable
+
 _NUM_SHOWN_CHARS = 60
 _NUMBER = re.compile(r"\d+")
 
@@ -86,7 +88,8 @@ def format_problems(problems: Iterable[Problem], path: Path, limit: int | None =
     lines.append(
         f"{path}: {_count(num_errors, 'error')}, {_count(len(ordered) - num_errors, 'warning')}"
     )
-    return "\n".join(lines)
+    # A line feed in a name must not make a line of its own.
+    return "\n".join(map(printable, lines))
 
 
 def _position(problem: Problem) -> int:

@@ -7,12 +7,44 @@ import codecs
 import csv
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from locft.data.problems import Problem, kind_of, shown
 from locft.errors import EditsError
+from locft.strictjson import STRICT_DECODER, StrictJsonError, load_json
+
+_EXAMPLE = '{"prompt": "...", "target": "..."}'
+
+# What to do about JSON that is refused for more than its grammar.
+_ADVICE = {
+    "duplicate-key": "; keep one of them",
+    "number-too-large": "; put it in quotes",
+    "too-deep": "; expected texts and lists of texts",
+}
+
+_BETWEEN_ITEMS = re.compile(r"[ \t\n\r,]*")
+
+# What files are that are no text in UTF-8, and what to do about it, by how they begin; the longer
+# beginnings first. What is in them is not looked at.
+_FOREIGN = {
+    (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "is text in UTF-32; save it as UTF-8",
+    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "is text in UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "is compressed by gzip; unpack it first",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet; unpack it first, or export it as CSV",
+    b"PAR1": "is a Parquet file; export it as JSONL",
+    (
+        b"\x80\2",
+        b"\x80\3",
+        b"\x80\4",
+        b"\x80\5",
+    ): "is a pickle, which is never opened; export it as JSONL",
+}
+_NUM_PEEKED_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -39,9 +71,9 @@ class Records:
 
 
 class _MalformedJsonError(Exception):
-    """A text is not JSON; `line` and the message say where and why."""
+    """A text is not JSON; the message and, where it is known, `line` say why and where."""
 
-    def __init__(self, code: str, message: str, line: int) -> None:
+    def __init__(self, code: str, message: str, line: int | None) -> None:
         super().__init__(message)
         self.code = code
         self.line = line
@@ -58,9 +90,15 @@ def parse_records(data: bytes, path: Path) -> Records:
         The records, and a problem for each part that is none.
 
     Raises:
-        EditsError: Neither the name nor the contents tell what kind of file it is.
+        EditsError: The file is no text in UTF-8, or neither the name nor the contents tell what kind
+            of file it is.
     """
+    reason = next((reason for start, reason in _FOREIGN.items() if data.startswith(start)), None)
     data = data.removeprefix(codecs.BOM_UTF8)
+    if reason is None and b"\0" in data[:_NUM_PEEKED_BYTES]:
+        reason = "holds NUL bytes, as UTF-16 and binary files do; save it as text in UTF-8"
+    if reason is not None:
+        raise EditsError(f"{path}: {reason}; expected JSONL, JSON or CSV")
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
             return _parse_jsonl(data)
@@ -119,7 +157,12 @@ def _parse_jsonl(data: bytes) -> Records:
         except UnicodeDecodeError as error:
             problems.append(_invalid_utf8(error, number))
         except _MalformedJsonError as error:
-            problems.append(Problem("error", error.code, where, str(error)))
+            message = str(error)
+            if error.code == "malformed-json":
+                message += f"; expected one object on the line, {_EXAMPLE}, and nothing behind it"
+            if line.lstrip().startswith(b"["):
+                message += "; a file that is one JSON list is named .json"
+            problems.append(Problem("error", error.code, where, message))
     return _objects(items, problems)
 
 
@@ -130,8 +173,11 @@ def _parse_json(data: bytes) -> Records:
     try:
         document = _load_json(text)
     except _MalformedJsonError as error:
-        where = f"line {error.line}"
-        return Records((), (Problem("error", error.code, where, str(error)),))
+        where = _refused_record(text) if error.line is None else f"line {error.line}"
+        message = str(error)
+        if error.code == "malformed-json":
+            message += f"; expected one JSON list, [{_EXAMPLE}, ...]"
+        return Records((), (Problem("error", error.code, where, message),))
     if isinstance(document, dict) and (name := _wrapped_list(document)) is not None:
         message = (
             f"the file is an object whose `{name}` holds a list; expected the list itself: "
@@ -140,6 +186,18 @@ def _parse_json(data: bytes) -> Records:
         return Records((), (Problem("error", "wrapped-list", "", message),))
     items = document if isinstance(document, list) else [document]
     return _objects([(f"record [{i}]", item) for i, item in enumerate(items)], problems)
+
+
+def _refused_record(text: str) -> str:
+    """Find the record that makes the strict reader refuse a document."""
+    number, position = 0, text.find("[") + 1
+    if text.lstrip().startswith("["):
+        # All before the refused record is sound: the reader got there.
+        with suppress(StrictJsonError):
+            while found := _BETWEEN_ITEMS.match(text, position):
+                _, position = STRICT_DECODER.raw_decode(text, found.end())
+                number += 1
+    return f"record [{number}]"
 
 
 def _wrapped_list(document: dict[str, object]) -> str | None:
@@ -167,11 +225,19 @@ def _parse_csv(data: bytes) -> Records:
             break
         except csv.Error as error:
             # Where a quote is left open the rest of the file cannot be told apart.
-            problems.append(Problem("error", "malformed-csv", where, f"malformed CSV: {error}"))
+            message = (
+                f"malformed CSV: {error}; expected each quote that opens a cell to be closed, and at "
+                f"most {csv.field_size_limit():,} characters in a cell"
+            )
+            problems.append(Problem("error", "malformed-csv", where, message))
             break
         if not any(cell.strip() for cell in row):
             continue
-        if columns is None:
+        if (mark := _foreign_mark(row)) is not None:
+            problems.append(Problem("error", "malformed-csv", where, f"malformed CSV: {mark}"))
+            if columns is None:
+                break
+        elif columns is None:
             columns = tuple(cell.strip() for cell in row)
             problems.extend(_repeated_columns(columns, where))
         elif len(row) == len(columns):
@@ -185,11 +251,20 @@ def _parse_csv(data: bytes) -> Records:
     return Records(tuple(records), tuple(problems), columns)
 
 
+def _foreign_mark(row: Sequence[str]) -> str | None:
+    """Name what a row holds that belongs in no text, though it can be decoded."""
+    if any("\0" in cell for cell in row):
+        return "a cell holds a NUL byte; save the file as text in UTF-8"
+    if row[0].startswith("\ufeff"):
+        return "a byte order mark in the middle, as where files were joined; remove it"
+    return None
+
+
 def _repeated_columns(columns: Sequence[str], where: str) -> list[Problem]:
-    repeated = {name for i, name in enumerate(columns) if name in columns[:i]}
     return [
         Problem("error", "duplicate-column", where, f"the column {shown(name)} is there twice")
-        for name in sorted(repeated)
+        for name, num in sorted(Counter(columns).items())
+        if num > 1
     ]
 
 
@@ -216,18 +291,23 @@ def _invalid_utf8(error: UnicodeDecodeError, line: int) -> Problem:
 
 
 def _load_json(text: str) -> object:
+    if text.startswith("\ufeff"):
+        message = (
+            "malformed JSON: a byte order mark in the middle, as where files were joined; remove it"
+        )
+        raise _MalformedJsonError("malformed-json", message, 1)
     try:
-        value: object = json.loads(text)
+        return load_json(text)
+    except StrictJsonError as error:
+        # Depth is judged before anything is parsed; of the rest the parser keeps no place.
+        line = 1 if error.code == "too-deep" else None
+        advice = _ADVICE.get(error.code, "")
+        raise _MalformedJsonError(error.code, f"{error}{advice}", line) from None
     except json.JSONDecodeError as error:
         message = f"malformed JSON at column {error.colno}: {error.msg}"
         if error.msg == "Extra data" and error.lineno > 1:
             message += "; if each line is a record of its own, name the file .jsonl"
         raise _MalformedJsonError("malformed-json", message, error.lineno) from None
-    except RecursionError:
-        raise _MalformedJsonError("too-deep", "JSON nested too deeply to be read", 1) from None
-    except ValueError as error:  # a whole number of more than 4,300 digits
-        raise _MalformedJsonError("malformed-json", f"malformed JSON: {error}", 1) from None
-    return value
 
 
 def _objects(items: Sequence[tuple[str, object]], problems: list[Problem]) -> Records:

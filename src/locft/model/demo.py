@@ -16,7 +16,7 @@ from pathlib import Path
 
 import platformdirs
 
-from locft.errors import InputError, ModelError
+from locft.errors import InputError, ModelError, printable
 from locft.publish import staged_folder
 
 DEMO_NAME = "demo"
@@ -97,4 +97,4 @@ def _fetch_gguf(folder: Path) -> Path:
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"locft: {message}\n")
+    sys.stderr.write(f"locft: {printable(message)}\n")

@@ -1,6 +1,5 @@
 """Loads models: a Hugging Face id, a local folder, or the embedded model `demo`; safetensors only."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from locft.checkpoint import quantisation, read_model_config
 from locft.errors import ModelError, first_line
 from locft.model.resolve import CheckpointFolder, resolve_checkpoint
 
@@ -126,10 +126,7 @@ def load_model(
     target = choose_device(device)
     checkpoint = resolve_checkpoint(name, revision=revision)
     with _refusing(f"model {name!r}"):
-        # Not the strict reader: configurations hold Infinity.
-        config = json.loads((checkpoint.folder / "config.json").read_bytes())
-        if not isinstance(config, dict):
-            raise TypeError("config.json is no object")
+        config = read_model_config(checkpoint.folder)
     _refuse_unusable(name, config)
     tokenizer = _load_tokenizer(checkpoint)
     with _refusing(f"model {name!r}"):
@@ -170,13 +167,9 @@ def _load_tokenizer(checkpoint: CheckpointFolder) -> PreTrainedTokenizerBase:
 
 
 def _refuse_unusable(name: str, config: dict[str, Any]) -> None:
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(
-            f"model {name!r} is refused: its weights are quantised ({method}), and an edit needs "
-            "plain ones: take the original checkpoint, or dequantise it (locft convert, for GGUF)"
-        )
+    quantised = quantisation(config)
+    if quantised is not None:
+        raise ModelError(f"model {name!r} is refused: {quantised}")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"model {name!r} is refused: it is an encoder-decoder, not a decoder")
 

@@ -1,108 +1,101 @@
-"""Apply a patch: a checkpoint and a patch give a checkpoint that plain transformers loads."""
+"""Puts patches into a checkpoint, and takes them out again, byte for byte."""
 
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from locft.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_checkpoint
+from locft.checkpoint import refuse_quantised
 from locft.errors import InputError, PatchError
-from locft.patch.format import Patch
-from locft.publish import staged_folder
-from locft.tensorfile import TensorEntry, hash_tensor, read_tensor
-
-# The one subfolder that a tokenizer reads.
-_TEMPLATES_FOLDER = "additional_chat_templates"
-
-# Weights in other formats would contradict the patched ones, and model code is never passed on.
-_SKIPPED_SUFFIXES = (
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".index.json",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".pt",
-    ".pth",
-    ".py",
-    ".safetensors",
-    ".tflite",
-)
-
-# Where peft is installed, this file makes transformers load the adapter's base model instead.
-_ADAPTER_CONFIG = "adapter_config.json"
-
-_BLOCK_BYTES = 16 * 2**20
+from locft.model.demo import cache_folder
+from locft.patch.format import Patch, manifest_record
+from locft.patch.record import NEXT_FILE, RECORD_FOLDER, Record, require_undo, short, undo_file
+from locft.patch.rewrite import Base, Rewrite, opened_in_place, read_base, write_copy, write_in_place
+from locft.tensorfile import TensorData, TensorEntry, hash_tensor, read_header, read_tensor
 
 
-def apply_patch(
-    checkpoint: str | Path,
-    patch: Patch,
-    output: str | Path,
-    *,
-    progress: Callable[[int], object] | None = None,
-) -> None:
-    """Write a copy of a checkpoint with a patch applied, whole or not at all.
+def apply_patch(checkpoint: str | Path, patch: Patch, output: str | Path | None) -> None:
+    """Put a patch into a checkpoint: `stack_patches` of a single one."""
+    stack_patches(checkpoint, [patch], output)
 
-    The copy has the checkpoint's safetensors weights and the other files that transformers needs;
-    weights in other formats, adapters, Python code, hidden files and subfolders stay behind.
+
+def stack_patches(
+    checkpoint: str | Path, patches: Sequence[Patch], output: str | Path | None
+) -> tuple[str, ...]:
+    """Put patches into a checkpoint, all of them or none.
+
+    Patches of different matrices may come in any order; of those that change the same matrix, each
+    must have been made from what another one leaves. The result keeps what is needed to go back.
 
     Args:
-        checkpoint: The checkpoint folder that the patch was made from; it is only read.
-        patch: The patch.
-        output: The folder to create; it may exist if it is empty.
-        progress: Called with the number of bytes written since its last call; they add up to
-            `output_bytes(checkpoint)`.
-
-    Raises:
-        InputError: `output` is taken, lies within the checkpoint, or does not fit on its disk.
-        ModelError: The checkpoint is damaged, or has no safetensors weights.
-        PatchError: The patch does not belong to this checkpoint, or is in it already.
-    """
-    checkpoint, output = Path(checkpoint), Path(output)
-    source, target = checkpoint.resolve(), output.resolve()
-    if source == target or source in target.parents:
-        raise InputError(f"{output}: is or lies within the checkpoint {checkpoint}; name another one")
-    entries = read_checkpoint(checkpoint)
-    check_base(checkpoint, entries, patch)
-
-    with staged_folder(output) as staging:
-        files = _list_files(checkpoint, entries)
-        needed, free = _count_bytes(files), shutil.disk_usage(staging).free
-        if needed > free:
-            raise InputError(
-                f"{output}: not enough disk space: {needed / 1e9:.2f} GB needed,"
-                f" {free / 1e9:.2f} GB free"
-            )
-        for file in files:
-            copy = staging / file.relative_to(checkpoint)
-            copy.parent.mkdir(exist_ok=True)
-            _copy_file(file, copy, progress)
-        for name, tensor in patch.tensors.items():
-            entry = entries[name]
-            with (staging / entry.file.name).open("r+b") as shard:
-                shard.seek(entry.start)
-                shard.write(tensor.data)
-
-
-def output_bytes(checkpoint: Path) -> int:
-    """Count the bytes that `apply_patch` writes for a checkpoint.
-
-    Args:
-        checkpoint: The checkpoint folder.
+        checkpoint: The checkpoint folder that the patches were made from.
+        patches: The patches; they are put in in an order in which they follow on each other.
+        output: The folder to create, a copy with the patches in it (it may exist if it is empty);
+            None to change `checkpoint` itself. A copy has the safetensors weights and the other
+            files that transformers needs; weights in other formats, adapters, Python code, hidden
+            files and subfolders stay behind.
 
     Returns:
-        The size of all files to copy.
+        The identities of the patches, in the order in which they were put in.
 
     Raises:
-        ModelError: The checkpoint is damaged, or has no safetensors weights.
+        InputError: `output` is taken, lies within the checkpoint, or does not fit on its disk;
+            `checkpoint` cannot be changed in place, or is being written by somebody else.
+        ModelError: The checkpoint is damaged, quantised, or has no safetensors weights.
+        PatchError: A patch does not belong to this checkpoint, or is in it already.
     """
-    return _count_bytes(_list_files(checkpoint, read_checkpoint(checkpoint)))
+    return _carry_out(Path(checkpoint), output, lambda base: _plan_stack(base, patches))
 
 
-def _count_bytes(files: Iterable[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
+def revert_patches(
+    checkpoint: str | Path, patch_ids: Sequence[str], output: str | Path | None
+) -> tuple[str, ...]:
+    """Take patches out of a checkpoint; what they changed gets its old bytes back.
+
+    Args:
+        checkpoint: The edited checkpoint folder.
+        patch_ids: The identities of the patches, or their beginnings; empty for all of them.
+        output: The folder to create, a copy without the patches; None to change `checkpoint` itself.
+
+    Returns:
+        The identities of the patches, in the order in which they were taken out.
+
+    Raises:
+        InputError: As for `stack_patches`.
+        PatchError: The checkpoint does not carry a patch, a later one builds on it, or its matrices
+            were changed since.
+    """
+    return _carry_out(Path(checkpoint), output, lambda base: _plan_revert(base, patch_ids))
+
+
+def write_plain(checkpoint: str | Path, patch: Patch, output: str | Path) -> None:
+    """Write a copy of a checkpoint with a patch in it that says nothing of locft.
+
+    Args:
+        checkpoint: The checkpoint folder that the patch was made from.
+        patch: The patch.
+        output: The folder to create; it may exist if it is empty.
+
+    Raises:
+        InputError: As for `stack_patches`.
+    """
+    base = _settled_base(Path(checkpoint))
+    rewrite, _ = _plan_stack(base, [patch])
+    write_copy(base, Path(output), Rewrite(values=rewrite.values, record=Record(), undo={}))
+
+
+def refuse_in_place(checkpoint: Path) -> None:
+    """Refuse to change a checkpoint that others rely on.
+
+    Raises:
+        InputError: It lies in the cache of the Hugging Face Hub, or in locft's own.
+    """
+    folder = checkpoint.resolve()
+    is_hub = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
+    if is_hub or cache_folder().resolve() in folder.parents:
+        whose = "the Hugging Face Hub's cache" if is_hub else "locft's cache"
+        raise InputError(
+            f"{checkpoint}: lies in {whose}, which others read, too; make a copy with -o DIR instead"
+        )
 
 
 def check_base(checkpoint: Path, entries: Mapping[str, TensorEntry], patch: Patch) -> None:
@@ -116,58 +109,179 @@ def check_base(checkpoint: Path, entries: Mapping[str, TensorEntry], patch: Patc
     Raises:
         PatchError: It does not, or it carries the patch already.
     """
+    reason = _misfit(_Draft(checkpoint, entries), patch)
+    if reason is not None:
+        raise PatchError(reason)
+
+
+def _carry_out(
+    checkpoint: Path,
+    output: str | Path | None,
+    plan: Callable[[Base], tuple[Rewrite, tuple[str, ...]]],
+) -> tuple[str, ...]:
+    """Carry out a plan in a copy of a checkpoint, or in place; return what the plan says of itself."""
+    if output is not None:
+        base = _settled_base(checkpoint)
+        rewrite, order = plan(base)
+        write_copy(base, Path(output), rewrite)
+        return order
+    refuse_in_place(checkpoint)
+    plan(read_base(checkpoint))  # what is refused leaves no trace, not even for a moment
+    with opened_in_place(checkpoint) as folder:
+        base = read_base(folder)
+        rewrite, order = plan(base)
+        write_in_place(base, rewrite)
+    return order
+
+
+@dataclass
+class _Draft:
+    """A checkpoint's tensors as they are going to be.
+
+    Attributes:
+        folder: The checkpoint, for messages.
+        entries: Its tensors as they are.
+        values: Those that were read or changed.
+        changed: Names of those that were changed.
+    """
+
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+    values: dict[str, TensorData] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    _hashes: dict[str, str] = field(default_factory=dict)
+
+    def value(self, name: str) -> TensorData:
+        """Return a tensor's value."""
+        if name not in self.values:
+            entry = self.entries[name]
+            self.values[name] = TensorData(entry.dtype, entry.shape, read_tensor(entry))
+        return self.values[name]
+
+    def hash(self, name: str) -> str:
+        """Return what a tensor hashes to."""
+        if name not in self._hashes:
+            value = self.value(name)
+            self._hashes[name] = hash_tensor(value.dtype, value.shape, value.data)
+        return self._hashes[name]
+
+    def put(self, name: str, value: TensorData) -> None:
+        """Give a tensor another value."""
+        self.values[name] = value
+        self.changed.add(name)
+        self._hashes.pop(name, None)
+
+    def rewrite(self, record: Record, undo: Mapping[str, Mapping[str, TensorData]]) -> Rewrite:
+        """Say what is to be written."""
+        return Rewrite({name: self.values[name] for name in sorted(self.changed)}, record, undo)
+
+
+def _settled_base(checkpoint: Path) -> Base:
+    if (checkpoint / RECORD_FOLDER / NEXT_FILE).exists():
+        # Somebody was interrupted while the folder was changed in place.
+        with opened_in_place(checkpoint):
+            pass
+    return read_base(checkpoint)
+
+
+def _plan_stack(base: Base, patches: Sequence[Patch]) -> tuple[Rewrite, tuple[str, ...]]:
+    refuse_quantised(base.folder)
+    draft = _Draft(base.folder, base.entries)
+    undo: dict[str, dict[str, TensorData]] = {}
+    manifests = []
+    waiting = list(patches)
+    while waiting:
+        reasons = [_misfit(draft, patch) for patch in waiting]
+        if None not in reasons:
+            raise PatchError(next(reason for reason in reasons if reason))
+        patch = waiting.pop(reasons.index(None))
+        manifest = manifest_record(patch)
+        manifests.append(manifest)
+        undo[manifest["manifest_sha256"]] = {name: draft.value(name) for name in patch.tensors}
+        for name, tensor in patch.tensors.items():
+            draft.put(name, TensorData(tensor.dtype, tensor.shape, tensor.data))
+    record = Record((*base.record.patches, *manifests))
+    return draft.rewrite(record, undo), tuple(one["manifest_sha256"] for one in manifests)
+
+
+def _plan_revert(base: Base, patch_ids: Sequence[str]) -> tuple[Rewrite, tuple[str, ...]]:
+    patches = list(base.record.patches)
+    if not patches:
+        raise PatchError(f"{base.folder}: carries no patches, so there is nothing to revert")
+    chosen = {_find(base, wanted) for wanted in patch_ids} or set(range(len(patches)))
+    draft = _Draft(base.folder, base.entries)
+    built_on: dict[str, str] = {}  # tensors that a patch changes which stays, and that patch
+    order = []
+    for i in reversed(range(len(patches))):
+        patch_id, tensors = patches[i]["manifest_sha256"], patches[i]["tensors"]
+        if i not in chosen:
+            built_on |= dict.fromkeys(tensors, patch_id)
+            continue
+        undo = read_header(require_undo(base.folder, patch_id))
+        for name, fields in tensors.items():
+            where = f"{base.folder}: patch {short(patch_id)} cannot be reverted: tensor {name!r}"
+            if name in built_on:
+                raise PatchError(
+                    f"{where} was changed again by patch {short(built_on[name])}; revert that one, too"
+                )
+            if name not in base.entries or draft.hash(name) != fields["new_sha256"]:
+                raise PatchError(
+                    f"{where} is no longer what the patch made of it: something else"
+                    " changed it, and reverting would lose that change"
+                )
+            old = undo.get(name)
+            value = None if old is None else TensorData(old.dtype, old.shape, read_tensor(old))
+            if (
+                value is None
+                or hash_tensor(value.dtype, value.shape, value.data) != fields["old_sha256"]
+            ):
+                raise PatchError(
+                    f"{where}: its old values in {undo_file(base.folder, patch_id)} are damaged"
+                )
+            draft.put(name, value)
+        order.append(patch_id)
+    left = Record(tuple(patch for i, patch in enumerate(patches) if i not in chosen))
+    return draft.rewrite(left, {}), tuple(order)
+
+
+def _find(base: Base, wanted: str) -> int:
+    """Find a patch by its identity or the beginning of it; of the same patch twice, the newer."""
+    ids = base.record.ids()
+    found = [i for i, patch_id in enumerate(ids) if patch_id.startswith(wanted)]
+    if not found or not wanted:
+        carried = ", ".join(map(short, ids))
+        raise PatchError(f"{base.folder}: carries no patch {wanted!r}; it carries {carried}")
+    if len({ids[i] for i in found}) > 1:
+        several = ", ".join(ids[i] for i in found)
+        raise PatchError(f"{base.folder}: {wanted!r} may mean several patches: {several}")
+    return found[-1]
+
+
+def _misfit(draft: _Draft, patch: Patch) -> str | None:
+    """Say why a patch does not belong to a checkpoint; None if it does."""
     model = patch.manifest.model
     origin = f"the patch was made from {model.id!r}"
     if model.revision is not None:
         origin += f" at revision {model.revision!r}"
     for name, tensor in patch.tensors.items():
-        if name not in entries:
-            raise PatchError(f"{checkpoint}: has no tensor {name!r}, which the patch changes; {origin}")
-        entry = entries[name]
+        if name not in draft.entries:
+            return f"{draft.folder}: has no tensor {name!r}, which the patch changes; {origin}"
+        entry = draft.entries[name]
         if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
-            raise PatchError(
-                f"{checkpoint}: tensor {name!r} is {entry.dtype} {entry.shape}, but the patch"
-                f" expects {tensor.dtype} {tensor.shape}; {origin}"
+            return (
+                f"{draft.folder}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, but the patch"
+                f" expects {tensor.dtype} {list(tensor.shape)}; {origin}"
             )
-    found = {
-        name: hash_tensor(entries[name].dtype, entries[name].shape, read_tensor(entries[name]))
-        for name in patch.tensors
-    }
-    applied = all(found[name] == tensor.new_sha256 for name, tensor in patch.tensors.items())
+    is_applied = all(draft.hash(name) == tensor.new_sha256 for name, tensor in patch.tensors.items())
     for name, tensor in patch.tensors.items():
-        if found[name] != tensor.old_sha256:
-            raise PatchError(
-                f"{checkpoint}: tensor {name!r} is not the one that the patch was made from:"
-                f" expected sha256 {tensor.old_sha256[:12]}, found {found[name][:12]}; {origin}; "
+        if draft.hash(name) != tensor.old_sha256:
+            return (
+                f"{draft.folder}: tensor {name!r} is not the one that the patch was made from:"
+                f" expected sha256 {tensor.old_sha256[:12]}, found {draft.hash(name)[:12]}; {origin}; "
                 + (
                     "this checkpoint carries the patch already"
-                    if applied
+                    if is_applied
                     else "apply it to that checkpoint"
                 )
             )
-
-
-def _list_files(checkpoint: Path, entries: Mapping[str, TensorEntry]) -> list[Path]:
-    weights = {entry.file.name for entry in entries.values()}
-    if WEIGHTS_FILE not in weights:
-        weights.add(INDEX_FILE)
-    return sorted(
-        file
-        for folder in (checkpoint, checkpoint / _TEMPLATES_FOLDER)
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.is_file() and (file.name in weights or not _is_skipped(file.name))
-    )
-
-
-def _is_skipped(name: str) -> bool:
-    return name.startswith(".") or name == _ADAPTER_CONFIG or name.lower().endswith(_SKIPPED_SUFFIXES)
-
-
-def _copy_file(source: Path, target: Path, progress: Callable[[int], object] | None) -> None:
-    # Not shutil.copy: the copy's mode is up to the umask, and a cached source may be read-only.
-    with source.open("rb") as reader, target.open("xb") as writer:
-        while block := reader.read(_BLOCK_BYTES):
-            writer.write(block)
-            if progress is not None:
-                progress(len(block))
+    return None

@@ -1,23 +1,28 @@
 """The manifest of a patch, `patch.json`: what the patch belongs to, and how it came about.
 
-`manifest_sha256` ties it to itself, so that every changed character is noticed.
+`manifest_sha256` ties what it says to itself, and the file must be written as locft writes it, so
+that every changed bit is noticed.
 """
 
 import hashlib
 import json
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from locft.errors import PatchError
+from locft.errors import PatchError, brief
+from locft.openfile import read_limited
 from locft.strictjson import is_whole_numbers, parse_json
+from locft.tensorfile import FLOAT_DTYPES
 
 MANIFEST_FILE = "patch.json"
 
 FORMAT_VERSION = 1
+
+# Room for some 30,000 matrices; the header of the tensors' file says less and is held to it, too.
+MAX_MANIFEST_BYTES = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +87,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read `patch.json` and check every field of it.
 
     Raises:
-        PatchError: It is damaged, or of a newer version; names the field.
+        PatchError: It is damaged, of a newer version, or not written as locft writes it; names the
+            field.
     """
     try:
-        record = parse_json(path.read_bytes())
+        raw = read_limited(path, MAX_MANIFEST_BYTES)
+        record = parse_json(raw)
     except OSError as error:
         raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise PatchError(f"{path}: is damaged: {error}") from error
     check_manifest(str(path), record)
+    if raw != dump_manifest(record):
+        raise PatchError(
+            f"{path}: is not canonical: it says what it should, but its spaces, the order of its keys or"
+            " its escapes are not those that locft writes: take the file as it was made"
+        )
     return record
 
 
@@ -111,9 +123,7 @@ def check_manifest(path: str, record: Mapping[str, Any]) -> None:
             " upgrade it with pip install --upgrade locft"
         )
     if type(version) is not int or version != FORMAT_VERSION:
-        raise PatchError(
-            f"{path}: format_version: expected {FORMAT_VERSION}, found {reprlib.repr(version)}"
-        )
+        raise PatchError(f"{path}: format_version: expected {FORMAT_VERSION}, found {brief(version)}")
 
     _check_fields(
         f"{path}: ",
@@ -140,13 +150,13 @@ def check_manifest(path: str, record: Mapping[str, Any]) -> None:
     if not record["tensors"]:
         raise PatchError(f"{path}: tensors: expected at least one")
     for name, fields in record["tensors"].items():
-        where = f"{path}: tensors[{name!r}]"
+        where = f"{path}: tensors[{brief(name)}]"
         if not isinstance(fields, dict):
-            raise PatchError(f"{where}: expected an object, found {reprlib.repr(fields)}")
+            raise PatchError(f"{where}: expected an object, found {brief(fields)}")
         _check_fields(
             f"{where}.",
             fields,
-            {"dtype": _TEXT, "shape": _SHAPE, "old_sha256": _HASH, "new_sha256": _HASH},
+            {"dtype": _FLOAT, "shape": _SHAPE, "old_sha256": _HASH, "new_sha256": _HASH},
         )
 
     expected = record["manifest_sha256"]
@@ -191,6 +201,8 @@ _NUMBER = _Kind("a whole number, zero or more", lambda value: is_whole_numbers([
 
 _SHAPE = _Kind("a list of whole numbers", is_whole_numbers)
 
+_FLOAT = _Kind(f"one of {', '.join(FLOAT_DTYPES)}", lambda value: value in FLOAT_DTYPES)
+
 _OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
 
 _HASH = _Kind(
@@ -203,14 +215,12 @@ def _check_fields(where: str, record: Mapping[str, object], kinds: Mapping[str, 
     """Raise PatchError unless `record` has exactly the fields of `kinds`, each of its kind."""
     for name in record:
         if name not in kinds:
-            raise PatchError(f"{where}{name!r}: unknown field, expected only {', '.join(kinds)}")
+            raise PatchError(f"{where}{brief(name)}: unknown field, expected only {', '.join(kinds)}")
     for name, kind in kinds.items():
         if name not in record:
             raise PatchError(f"{where}{name}: is missing, expected {kind.description}")
         if not kind.holds(record[name]):
-            raise PatchError(
-                f"{where}{name}: expected {kind.description}, found {reprlib.repr(record[name])}"
-            )
+            raise PatchError(f"{where}{name}: expected {kind.description}, found {brief(record[name])}")
 
 
 def hash_manifest(record: Mapping[str, object]) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locft.checkpoint import read_checkpoint
-from locft.model.weights import match_parameters, match_tensors, to_data, to_tensor
+from locft.model.matching import map_tensors
+from locft.model.weights import WeightMap, to_tensor
 from locft.patch.apply import check_base
 from locft.patch.format import Patch, PatchTensor
 from locft.patch.manifest import PatchManifest
@@ -16,16 +17,12 @@ from locft.tensorfile import TensorData, hash_tensor, read_tensor
 
 
 def make_patch(
-    checkpoint: Path,
-    tensors: Mapping[str, str],
-    matrices: Mapping[str, Tensor],
-    manifest: PatchManifest,
+    weights: WeightMap, matrices: Mapping[str, Tensor], manifest: PatchManifest
 ) -> tuple[Patch, tuple[tuple[str, float], ...]]:
     """Make a patch of trained matrices, rounded to the checkpoint's dtype.
 
     Args:
-        checkpoint: The folder that the model was loaded from.
-        tensors: For each trained parameter, its tensor's name in the checkpoint.
+        weights: Where the checkpoint holds them.
         matrices: The trained parameters by name.
         manifest: What the patch says of itself.
 
@@ -33,13 +30,11 @@ def make_patch(
         The patch; and for each tensor, in the order of their names, the Frobenius norm of its change
         over that of its old values (0 where those are 0).
     """
-    entries = read_checkpoint(checkpoint)
     changed: dict[str, PatchTensor] = {}
     changes: list[tuple[str, float]] = []
-    for parameter, name in sorted(tensors.items(), key=lambda item: item[1]):
-        entry = entries[name]
+    for name, new in weights.to_file(matrices).items():
+        entry = weights.entries[name]
         old = read_tensor(entry)
-        new = to_data(matrices[parameter], entry.dtype)
         changed[name] = PatchTensor(
             dtype=new.dtype,
             shape=new.shape,
@@ -55,7 +50,7 @@ def make_patch(
 
 
 def patched_values(model: PreTrainedModel, checkpoint: Path, patch: Patch) -> dict[str, Tensor]:
-    """Find the new values of a patch's matrices in a model.
+    """Find the new values of the parameters that a patch changes in a model.
 
     Args:
         model: The unedited model.
@@ -63,17 +58,19 @@ def patched_values(model: PreTrainedModel, checkpoint: Path, patch: Patch) -> di
         patch: The patch.
 
     Returns:
-        New values by the parameters' names in the model, in the patch's dtype.
+        New values by the parameters' names in the model, in the model's dtype.
 
     Raises:
+        ModelError: The model does not hold the patch's tensors in a way that can be told.
         PatchError: The patch was made from another model.
     """
     entries = read_checkpoint(checkpoint)
     check_base(checkpoint, entries, patch)
-    names = match_parameters(model, patch.tensors)
-    # The names must also mean the same matrices.
-    match_tensors(model, entries, names.values())
-    return {
-        names[name]: to_tensor(TensorData(tensor.dtype, tensor.shape, tensor.data))
-        for name, tensor in patch.tensors.items()
-    }
+    weights = map_tensors(model, entries, patch.tensors)
+    return weights.to_model(
+        model,
+        {
+            name: to_tensor(TensorData(tensor.dtype, tensor.shape, tensor.data))
+            for name, tensor in patch.tensors.items()
+        },
+    )

@@ -2,20 +2,17 @@
 
 import dataclasses
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from locft.config import RunConfig, settings, to_toml
-from locft.data.edits import EditFile, write_edits
+from locft.config import RunConfig, settings
+from locft.data.edits import EditFile
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
-from locft.evaluation.drift import read_neutral_text
+from locft.evaluation.drift import NeutralText, read_neutral_text
 from locft.evaluation.scoring import (
-    AnswerRecord,
     answer_records,
     prompts_of,
     score,
@@ -24,9 +21,10 @@ from locft.evaluation.scoring import (
 from locft.evaluation.subject import Subject, drift_of_values, load_subject
 from locft.model.load import context_tokens
 from locft.model.location import Location, parse_location, resolve_location
+from locft.model.matching import map_parameters
 from locft.model.split import split_model
-from locft.model.weights import match_tensors, stored_values, swapped_in
-from locft.patch.format import PATCH_FOLDER, read_patch, write_patch
+from locft.model.weights import swapped_in
+from locft.patch.format import PATCH_FOLDER, read_patch
 from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
 from locft.patch.weights import make_patch, patched_values
 from locft.provenance import (
@@ -39,16 +37,14 @@ from locft.provenance import (
     describe_protocol,
     peak_memory_bytes,
 )
-from locft.publish import refuse_taken
-from locft.report.markdown import Example, draw_markdown
-from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo, to_json
+from locft.publish import refuse_taken, reserved, staged_folder
+from locft.recipe.run_folder import TRAINING_FILE, save_scored, save_trained
+from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo
 from locft.report.words import counted
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_schedule
 from locft.train.loop import Epoch, Schedule, train_breadth_first
 from locft.types import Edit
-
-ANSWERS_FILE = "answers.jsonl"
 
 
 def edit(
@@ -91,7 +87,19 @@ def edit(
     parse_location(config.location, num_layers=sys.maxsize)  # its spelling, before anything is loaded
     text = read_neutral_text(config.drift_text)
     gathered = gather_edits(edits, config.on_conflict)
+    with reserved(run):
+        return _edit(model, gathered, text, run, config, watch, say)
 
+
+def _edit(
+    model: str,
+    gathered: GatheredEdits,
+    text: NeutralText,
+    run: Path,
+    config: RunConfig,
+    watch: Stopwatch,
+    say: Callable[[str], None],
+) -> EditReport:
     # 1. The unedited model, and what it answers.
     say(f"loading {model}")
     subject = load_subject(model, config)
@@ -99,8 +107,7 @@ def edit(
     warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
     say_warnings(gathered, warnings, say)
     location = resolve_location(network, config.location)
-    entries = subject.entries
-    tensors = match_tensors(network, entries, location.parameters)
+    weights = map_parameters(network, subject.entries, location.parameters)
     split = split_model(network, location.layer)
     model_info = describe_model(subject.loaded)
     watch.lap("load")
@@ -109,7 +116,7 @@ def edit(
     base_answers = subject.answer(prompts, "answering, unedited")
     watch.lap("eval")
 
-    with _run_folder(run):
+    with staged_folder(run) as staging:
         # 2. Training: the frozen layers once, then the rest in every epoch.
         shapes = [network.get_parameter(name).shape for name in location.parameters]
         schedule = choose_schedule(config, len(gathered.edits), shapes)
@@ -120,98 +127,70 @@ def edit(
         )
         cache = build_cache(split, [subject.codec.encode(edit) for edit in gathered.edits])
         watch.lap("cache")
-        with (run / "train.jsonl").open("w", encoding="utf-8") as log:
+        with (staging / TRAINING_FILE).open("w", encoding="utf-8") as log:
 
             def write_epoch(epoch: Epoch) -> None:
                 log.write(json.dumps(asdict(epoch)) + "\n")
                 log.flush()
 
-            initial = stored_values(entries, tensors)
+            initial = weights.read()
             trained = train_breadth_first(split, location, cache, schedule, write_epoch, initial)
         watch.lap("train")
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
-        dtypes = [entries[name].dtype for name in tensors.values()]
+        dtypes = [weights.entries[name].dtype for name in weights.tensors]
         manifest = _manifest(subject, location, config, gathered, schedule, dtypes)
-        patch, changes = make_patch(checkpoint.folder, tensors, trained.matrices, manifest)
-        write_patch(patch, run / PATCH_FOLDER)
-        del subject, network, split, cache  # a large model fits into memory once
+        patch, changes = make_patch(weights, trained.matrices, manifest)
+        save_trained(staging, patch, gathered.edits, config)
+    del subject, network, split, cache  # a large model fits into memory once
 
-        # 4. A fresh model with the patch as it stands on disk, scored.
-        say("loading the model afresh and applying the patch")
-        subject = load_subject(model, config)
-        patch = read_patch(run / PATCH_FOLDER)
-        values = patched_values(subject.loaded.model, checkpoint.folder, patch)
-        watch.lap("load")
-        say("answering after the edit, and measuring drift")
-        with swapped_in(subject.loaded.model, values):
-            answers = subject.answer(prompts, "answering, edited")
-        drift = drift_of_values(subject, values, text)
-        watch.lap("eval")
+    # 4. A fresh model with the patch as it stands on disk, scored.
+    say("loading the model afresh and applying the patch")
+    subject = load_subject(model, config)
+    patch = read_patch(run / PATCH_FOLDER)
+    values = patched_values(subject.loaded.model, checkpoint.folder, patch)
+    watch.lap("load")
+    say("answering after the edit, and measuring drift")
+    with swapped_in(subject.loaded.model, values):
+        answers = subject.answer(prompts, "answering, edited")
+    drift = drift_of_values(subject, values, text)
+    watch.lap("eval")
 
-        # 5. The report.
-        device = subject.loaded.model.device
-        report = EditReport(
-            schema_version=SCHEMA_VERSION,
-            model=model_info,
-            edits=describe_edits(gathered, len(warnings)),
-            location=describe_location(location, patch, changes),
-            settings=asdict(config),
-            training=TrainingInfo(
-                lr=schedule.lr,
-                batch_size=schedule.batch_size,
-                epochs_at_most=schedule.epochs,
-                epochs=len(trained.epochs),
-                steps=sum(epoch.steps for epoch in trained.epochs),
-                final_loss=trained.epochs[-1].loss,
-                stopped_early=trained.stopped_early,
-            ),
-            protocol=describe_protocol(config.format),
-            scores_before=score_unedited(gathered.edits, base_answers, drift.overall.num),
-            scores=score(gathered.edits, answers, base_answers, drift.overall),
-            drift=describe_drift(text, drift),
-            cost=Cost(
-                seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(gathered.edits),
-                load_s=watch.spent["load"],
-                cache_s=watch.spent["cache"],
-                train_s=watch.spent["train"],
-                eval_s=watch.spent["eval"],
-                wall_s=watch.wall_s,
-                peak_memory_bytes=peak_memory_bytes(device),
-            ),
-            patch_bytes=sum(file.stat().st_size for file in (run / PATCH_FOLDER).iterdir()),
-            environment=describe_environment(device),
-        )
-        records = list(answer_records(gathered.edits, answers, base_answers))
-        lines = (json.dumps(asdict(record), ensure_ascii=False) for record in records)
-        (run / ANSWERS_FILE).write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        write_edits(run / "edits.jsonl", gathered.edits)
-        (run / "run.toml").write_text(to_toml(config), "utf-8")
-        (run / "report.md").write_text(draw_markdown(report, examples_of(records)), "utf-8")
-        # Last, so that a folder with a report is a whole run.
-        (run / "report.json").write_text(to_json(report), "utf-8")
+    # 5. The report.
+    device = subject.loaded.model.device
+    report = EditReport(
+        schema_version=SCHEMA_VERSION,
+        model=model_info,
+        edits=describe_edits(gathered, len(warnings)),
+        location=describe_location(location, patch, changes),
+        settings=asdict(config),
+        training=TrainingInfo(
+            lr=schedule.lr,
+            batch_size=schedule.batch_size,
+            epochs_at_most=schedule.epochs,
+            epochs=len(trained.epochs),
+            steps=sum(epoch.steps for epoch in trained.epochs),
+            final_loss=trained.epochs[-1].loss,
+            stopped_early=trained.stopped_early,
+        ),
+        protocol=describe_protocol(config.format),
+        scores_before=score_unedited(gathered.edits, base_answers, drift.overall.num),
+        scores=score(gathered.edits, answers, base_answers, drift.overall),
+        drift=describe_drift(text, drift),
+        cost=Cost(
+            seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(gathered.edits),
+            load_s=watch.spent["load"],
+            cache_s=watch.spent["cache"],
+            train_s=watch.spent["train"],
+            eval_s=watch.spent["eval"],
+            wall_s=watch.wall_s,
+            peak_memory_bytes=peak_memory_bytes(device),
+        ),
+        patch_bytes=sum(file.stat().st_size for file in (run / PATCH_FOLDER).iterdir()),
+        environment=describe_environment(device),
+    )
+    save_scored(run, report, list(answer_records(gathered.edits, answers, base_answers)))
     return report
-
-
-def read_examples(run: Path) -> list[Example]:
-    """Read each edit's own prompt and answers from a run folder."""
-    lines = (run / ANSWERS_FILE).read_text("utf-8").split("\n")
-    return examples_of([AnswerRecord(**json.loads(line)) for line in lines if line])
-
-
-def examples_of(records: Sequence[AnswerRecord]) -> list[Example]:
-    """Pick the edits' own prompts out of all answers, to show what became of each edit."""
-    return [
-        Example(
-            prompt=record.prompt,
-            expected=record.expected or "",
-            before=record.before or "",
-            after=record.after,
-            is_match=bool(record.match_after),
-        )
-        for record in records
-        if record.kind == "reliability"
-    ]
 
 
 def _manifest(
@@ -243,20 +222,3 @@ def _manifest(
         num_edits=len(gathered.edits),
         edits_sha256=gathered.sha256,
     )
-
-
-@contextmanager
-def _run_folder(run: Path) -> Iterator[None]:
-    """Make the run folder; whatever stops the run, only a finished patch is kept in it."""
-    refuse_taken(run)  # again: loading took its time, and what appeared since is not ours to remove
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if (run / PATCH_FOLDER).exists():
-            for file in run.iterdir():
-                if file.is_file():
-                    file.unlink()
-        else:
-            shutil.rmtree(run, ignore_errors=True)
-        raise

@@ -45,9 +45,9 @@ def verdict(scores: Scores, num_edits: int) -> str:
     return "; ".join(parts) + "."
 
 
-def counted(num: int, noun: str) -> str:
+def counted(num: int, noun: str, plural: str | None = None) -> str:
     """Word a count: ``1 edit``, ``1,000 edits``."""
-    return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
+    return f"{num:,} {noun if num == 1 else plural or noun + 's'}"
 
 
 def bytes_text(num: int) -> str:

@@ -356,7 +356,7 @@ def test_a_missing_field_is_named_by_the_path_that_the_format_has_for_it() -> No
     edit, problems = convert(form_named("zsre"), {"src": "Who?"}, "")
     assert edit is None
     assert [(problem.code, problem.message) for problem in problems] == [
-        ("missing-field", "`alt` is missing")
+        ("missing-field", "`alt` is missing, expected a string with something in it")
     ]
 
 

@@ -1,6 +1,4 @@
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -8,13 +6,10 @@ from conftest import make_model, tiny_llama_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_structure_and_location import family_config
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from locft.checkpoint import read_checkpoint
-from locft.errors import ModelError
-from locft.model.load import load_model
-from locft.model.weights import match_parameters, match_tensors, swapped_in, to_data, to_tensor
+from locft.model.weights import swapped_in, to_data, to_tensor
 from locft.tensorfile import TensorData, read_tensor
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -24,79 +19,6 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-
-
-def test_parameters_and_tensors_of_one_name_match(model_folder: Path) -> None:
-    model = load_model(str(model_folder)).model
-    entries = read_checkpoint(model_folder)
-    names = [name for name, _ in model.named_parameters()]
-    assert match_tensors(model, entries, names) == {name: name for name in names}
-    assert match_parameters(model, names) == {name: name for name in names}
-
-
-def test_a_file_saved_from_the_base_class_lacks_its_prefix(tmp_path: Path) -> None:
-    base: Any = make_model(family_config("gpt2")).base_model
-    base.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    parameter, tensor = "transformer.h.1.mlp.c_proj.weight", "h.1.mlp.c_proj.weight"
-    entries = read_checkpoint(tmp_path)
-    assert parameter not in entries
-    assert match_tensors(model, entries, [parameter]) == {parameter: tensor}
-    assert match_parameters(model, [tensor]) == {tensor: parameter}
-
-
-def test_a_file_saved_with_the_prefix_fits_a_model_without_it(tmp_path: Path) -> None:
-    model = make_model(family_config("gpt2"))
-    base: Any = model.base_model
-    model.save_pretrained(tmp_path)
-    parameter, tensor = "h.1.mlp.c_proj.weight", "transformer.h.1.mlp.c_proj.weight"
-    assert match_tensors(base, read_checkpoint(tmp_path), [parameter]) == {parameter: tensor}
-
-
-def test_tied_embeddings_match_the_one_tensor_in_the_file(model_folder: Path) -> None:
-    model = load_model(str(model_folder)).model
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    entries = read_checkpoint(model_folder)
-    assert "lm_head.weight" not in entries
-    tied = "model.embed_tokens.weight"
-    assert match_tensors(model, entries, [tied]) == {tied: tied}
-
-
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
-def test_values_are_compared_in_the_models_dtype(
-    save_model: Callable[..., Path], stored: torch.dtype, asked: str
-) -> None:
-    folder = save_model(tiny_llama_config(), dtype=stored)
-    model = load_model(str(folder), dtype=asked).model
-    assert match_tensors(model, read_checkpoint(folder), [DOWN]) == {DOWN: DOWN}
-
-
-@pytest.mark.parametrize("change", ["value", "shape", "dtype", "name"])
-def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, change: str) -> None:
-    model = make_model(tiny_llama_config())
-    value = model.get_parameter(DOWN).detach().clone()
-    name = DOWN
-    if change == "value":
-        value[-1, -1] += 1e-3
-    elif change == "shape":
-        value = value.T.contiguous()
-    elif change == "dtype":
-        value = torch.zeros_like(value, dtype=torch.int32)
-        with torch.no_grad():
-            model.get_parameter(DOWN).zero_()
-    else:
-        name = "model.layers.1.mlp.down.weight"
-    save_file({name: value}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=rf"does not hold {DOWN} as one plain tensor"):
-        match_tensors(model, read_checkpoint(tmp_path), [DOWN])
-
-
-def test_a_tensor_without_parameter_is_refused_by_name(tiny_model: PreTrainedModel) -> None:
-    with pytest.raises(
-        ModelError, match=r"LlamaForCausalLM has no parameter for the tensor model\.norm\.bias"
-    ):
-        match_parameters(tiny_model, [DOWN, "model.norm.bias"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

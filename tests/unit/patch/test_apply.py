@@ -4,6 +4,8 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import safetensors.numpy
 import locft
 from locft.checkpoint import read_checkpoint
 from locft.errors import InputError, ModelError, PatchError
-from locft.patch.apply import apply_patch, output_bytes
+from locft.patch.apply import apply_patch
 from locft.patch.format import Patch, PatchTensor, read_patch, write_patch
 from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
 from locft.tensorfile import TensorData, hash_tensor, read_tensor, write_safetensors
@@ -42,6 +44,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+
+
+def unrecorded(folder: Path) -> dict[str, bytes]:
+    """What a copy holds besides what locft needs to go back."""
+    return {name: raw for name, raw in contents(folder).items() if not name.startswith(".locft/")}
 
 
 def weights(folder: Path) -> dict[str, TensorData]:
@@ -108,7 +115,7 @@ def test_only_the_patched_bytes_change(
     apply_patch(source, PATCH, tmp_path / "out")
     assert contents(source) == before
     assert weights(tmp_path / "out") == PATCHED
-    after = contents(tmp_path / "out")
+    after = unrecorded(tmp_path / "out")
     assert after.keys() == before.keys()
     assert {name: len(raw) for name, raw in after.items()} == {
         name: len(raw) for name, raw in before.items()
@@ -151,7 +158,7 @@ def test_patch_back_to_the_old_values_restores_every_byte(tmp_path: Path, checkp
         manifest=MANIFEST,
     )
     apply_patch(tmp_path / "out", back, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(checkpoint)
+    assert unrecorded(tmp_path / "back") == contents(checkpoint)
 
 
 def test_only_what_plain_transformers_needs_is_copied(tmp_path: Path, sharded: Path) -> None:
@@ -198,13 +205,13 @@ def test_only_what_plain_transformers_needs_is_copied(tmp_path: Path, sharded: P
         (sharded / name).parent.mkdir(parents=True, exist_ok=True)
         (sharded / name).write_text(name)
     apply_patch(sharded, PATCH, tmp_path / "out")
-    assert contents(tmp_path / "out").keys() == weight_files | set(kept)
+    assert unrecorded(tmp_path / "out").keys() == weight_files | set(kept)
 
 
 def test_stale_index_and_shards_beside_a_single_file_stay_behind(tmp_path: Path, sharded: Path) -> None:
     write_safetensors(sharded / "model.safetensors", WEIGHTS)
     apply_patch(sharded, PATCH, tmp_path / "out")
-    assert contents(tmp_path / "out").keys() == {"config.json", "model.safetensors"}
+    assert unrecorded(tmp_path / "out").keys() == {"config.json", "model.safetensors"}
 
 
 def test_links_are_followed_and_the_copy_has_none(tmp_path: Path, checkpoint: Path) -> None:
@@ -219,9 +226,9 @@ def test_links_are_followed_and_the_copy_has_none(tmp_path: Path, checkpoint: Pa
     assert weights(checkpoint) == WEIGHTS
     (tmp_path / "plain").touch()
     mode = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    for file in (tmp_path / "out").iterdir():
-        assert not file.is_symlink()
-        assert stat.S_IMODE(file.stat().st_mode) == mode
+    for file in unrecorded(tmp_path / "out"):
+        assert not (tmp_path / "out" / file).is_symlink()
+        assert stat.S_IMODE((tmp_path / "out" / file).stat().st_mode) == mode
 
 
 def test_checkpoint_given_by_a_link_or_a_relative_path_works(
@@ -234,11 +241,33 @@ def test_checkpoint_given_by_a_link_or_a_relative_path_works(
     assert weights(tmp_path / "one") == weights(tmp_path / "two") == PATCHED
 
 
-def test_progress_adds_up_to_the_output(tmp_path: Path, sharded: Path) -> None:
-    done: list[int] = []
-    apply_patch(sharded, PATCH, tmp_path / "out", progress=done.append)
-    assert sum(done) == output_bytes(sharded)
-    assert sum(done) == sum(map(len, contents(tmp_path / "out").values()))
+class Bar:
+    """A progress bar that remembers what it was told, and may fail."""
+
+    def __init__(self, fault: BaseException | None = None, at: int = 0) -> None:
+        self.total = 0
+        self.steps: list[int] = []
+        self.fault = fault
+        self.at = at
+
+    @contextmanager
+    def __call__(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        self.total = total
+        yield self.step
+
+    def step(self, num_bytes: int) -> None:
+        self.steps.append(num_bytes)
+        if self.fault is not None and len(self.steps) == self.at:
+            raise self.fault
+
+
+def test_progress_adds_up_to_the_output(
+    tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = Bar()
+    monkeypatch.setattr("locft.patch.rewrite.progress", bar)
+    apply_patch(sharded, PATCH, tmp_path / "out")
+    assert sum(bar.steps) == bar.total == sum(map(len, unrecorded(tmp_path / "out").values()))
 
 
 def refusal(checkpoint: Path, patch: Patch, output: Path) -> str:
@@ -289,7 +318,7 @@ def test_checkpoint_that_carries_half_of_the_patch_is_a_wrong_base(
 def test_other_dtype_or_shape_is_refused(tmp_path: Path, checkpoint: Path, tensor: TensorData) -> None:
     write_safetensors(checkpoint / "model.safetensors", WEIGHTS | {"layers.0.mlp": tensor})
     message = refusal(checkpoint, PATCH, tmp_path / "out")
-    assert f"is {tensor.dtype} {tensor.shape}, but the patch expects BF16 (3, 2)" in message
+    assert f"is {tensor.dtype} {list(tensor.shape)}, but the patch expects BF16 [3, 2]" in message
 
 
 def test_damaged_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -318,29 +347,26 @@ def test_existing_output_is_kept(tmp_path: Path, checkpoint: Path) -> None:
 def test_disk_without_enough_space_is_reported_before_copying(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = SimpleNamespace(free=output_bytes(checkpoint) - 1)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    done: list[int] = []
+    needed = sum(map(len, contents(checkpoint).values())) + 16
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    bar = Bar()
+    monkeypatch.setattr("locft.patch.rewrite.progress", bar)
     with pytest.raises(InputError, match=r"not enough disk space: .* needed, .* free"):
-        apply_patch(checkpoint, PATCH, tmp_path / "out", progress=done.append)
-    assert done == []
+        apply_patch(checkpoint, PATCH, tmp_path / "out")
+    assert bar.steps == []
     assert list(tmp_path.iterdir()) == [checkpoint]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))
+    apply_patch(checkpoint, PATCH, tmp_path / "out")
 
 
 @pytest.mark.parametrize("fault", [OSError("disk"), KeyboardInterrupt()])
 def test_fault_in_the_middle_leaves_nothing_behind(
-    tmp_path: Path, sharded: Path, fault: BaseException
+    tmp_path: Path, sharded: Path, fault: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(tmp_path)
-    calls: list[int] = []
-
-    def fail_late(num_bytes: int) -> None:
-        calls.append(num_bytes)
-        if len(calls) == 3:
-            raise fault
-
+    monkeypatch.setattr("locft.patch.rewrite.progress", Bar(fault, at=3))
     with pytest.raises(type(fault)):
-        apply_patch(sharded, PATCH, tmp_path / "out", progress=fail_late)
+        apply_patch(sharded, PATCH, tmp_path / "out")
     assert contents(tmp_path) == before
     assert os.listdir(tmp_path) == [sharded.name]  # noqa: PTH208
 
@@ -361,7 +387,7 @@ def test_failing_rename_leaves_nothing_behind(
 def test_importing_loads_no_heavy_library() -> None:
     code = (
         "import sys, locft.patch.apply;"
-        "print({'torch', 'transformers', 'safetensors', 'numpy', 'rich'} & sys.modules.keys())"
+        "print({'torch', 'transformers', 'safetensors', 'numpy'} & sys.modules.keys())"
     )
     path = os.pathsep.join(map(str, {Path(entry).parent for entry in locft.__path__}))
     result = subprocess.run(

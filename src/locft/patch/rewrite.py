@@ -1,0 +1,510 @@
+"""Gives some tensors of a checkpoint other values: in a copy of the folder, or in place.
+
+Only the files that hold such a tensor are written. A copy is built beside its place and moved there
+by one rename. In place, every moment is either the old state or the new:
+
+1. New files are written beside the old ones, and `.locft/next.json` says what they are for.
+2. One rename makes them count: of the weights file, or, where several shards change, of the index,
+   which then names the new shards.
+3. The shards take their usual names (each new one has two names for a moment) and the index its
+   old bytes back; `.locft/record.json` is written, and `next.json` removed.
+
+Whoever writes next asks the tensors' hashes whether step 2 was reached, and finishes or forgets.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from locft.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_checkpoint
+from locft.errors import InputError, LocftError, ModelError, PatchError
+from locft.patch.manifest import dump_manifest
+from locft.patch.record import (
+    NEXT_FILE,
+    RECORD_FILE,
+    RECORD_FOLDER,
+    Record,
+    check_record,
+    dump_record,
+    read_recorded,
+    refuse_links,
+    require_undo,
+    to_json,
+    undo_file,
+)
+from locft.progress import progress
+from locft.publish import (
+    locked,
+    replace_file,
+    staged_folder,
+    sweep_files,
+    sync_folder,
+    temporary_files,
+    temporary_path,
+    write_file,
+)
+from locft.strictjson import parse_json
+from locft.tensorfile import TensorData, TensorEntry, hash_entry, hash_tensor, write_safetensors
+
+# The one subfolder that a tokenizer reads.
+_TEMPLATES_FOLDER = "additional_chat_templates"
+
+# Weights in other formats would contradict the patched ones, and model code is never passed on.
+_SKIPPED_SUFFIXES = (
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".index.json",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".pt",
+    ".pth",
+    ".py",
+    ".safetensors",
+    ".tflite",
+)
+
+# Where peft is installed, this file makes transformers load the adapter's base model instead.
+_ADAPTER_CONFIG = "adapter_config.json"
+
+_BLOCK_BYTES = 16 * 2**20
+
+_FICLONE = 0x40049409  # Linux: let two files share their blocks until one of them is written
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint folder as it stands.
+
+    Attributes:
+        folder: The folder.
+        entries: Its tensors.
+        record: The patches in it.
+        signatures: What tells whether a file was changed since.
+    """
+
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+    record: Record
+    signatures: tuple[tuple[int, int, int], ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that a copy gets."""
+        return list_files(self.folder, self.entries)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What shall become of a checkpoint.
+
+    Attributes:
+        values: New values by tensor name.
+        record: The patches in it afterwards.
+        undo: For each patch that is new in the record, its matrices' old values.
+    """
+
+    values: Mapping[str, TensorData]
+    record: Record
+    undo: Mapping[str, Mapping[str, TensorData]]
+
+
+def read_base(folder: Path) -> Base:
+    """Read what a checkpoint folder holds, for `write_copy` or `write_in_place`.
+
+    Raises:
+        ModelError: The checkpoint is damaged, has no safetensors weights, or is quantised.
+        PatchError: Its record is damaged.
+    """
+    entries = read_checkpoint(folder)
+    files = list_files(folder, entries)
+    return Base(folder, entries, read_record(folder), _signatures(folder, files))
+
+
+def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
+    """Write a copy of a checkpoint with other values, whole or not at all.
+
+    Args:
+        base: The checkpoint to copy; links in it are followed.
+        output: The folder to create; it may exist if it is empty.
+        rewrite: What is different in the copy; with an empty record it says nothing of locft.
+
+    Raises:
+        InputError: `output` is taken, lies within the checkpoint or does not fit on its disk, or
+            the checkpoint was changed meanwhile.
+        PatchError: Old values that a record speaks of are missing.
+    """
+    source, target = base.folder.resolve(), output.resolve()
+    if source == target or source in target.parents:
+        raise InputError(f"{output}: is or lies within the checkpoint {base.folder}; name another one")
+    kept = [require_undo(base.folder, one) for one in set(rewrite.record.ids()) - set(rewrite.undo)]
+    with staged_folder(output) as staging:
+        written = _files_of(base.entries, rewrite.values)
+        files = base.files
+        linked = [file for file in files if file.suffix == ".safetensors" and file.name not in written]
+        copied = [file for file in files if file not in linked]
+        if staging.stat().st_dev != source.stat().st_dev:
+            copied += linked
+        _require_space(output, staging, _count_bytes(copied) + _undo_bytes(rewrite))
+        with progress("writing", _count_bytes(files), "bytes") as step:
+            for file in files:
+                copy = staging / file.relative_to(base.folder)
+                copy.parent.mkdir(exist_ok=True)
+                (_link_or_copy if file in linked else _copy)(file, copy, step)
+        _put(base.entries, rewrite.values, {name: staging / name for name in written})
+        if rewrite.record.patches:
+            store = staging / RECORD_FOLDER
+            store.mkdir()
+            for undo in kept:
+                _link_or_copy(undo, store / undo.name, _ignore)
+            _write_undo(staging, rewrite)
+            (store / RECORD_FILE).write_bytes(dump_record(rewrite.record))
+        if _signatures(base.folder, files) != base.signatures:
+            raise InputError(f"{base.folder}: was changed while it was copied; try again")
+
+
+@contextmanager
+def opened_in_place(checkpoint: Path) -> Iterator[Path]:
+    """Keep other writers away from a checkpoint folder that is to be changed in place.
+
+    What an interrupted writer left is finished or removed first.
+
+    Args:
+        checkpoint: The folder.
+
+    Yields:
+        The folder, links resolved.
+
+    Raises:
+        InputError: Another process is writing it, or it cannot be written to.
+        PatchError: Its record is damaged.
+    """
+    folder = checkpoint.resolve()
+    with locked(folder / RECORD_FOLDER):
+        recover(folder)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                (folder / RECORD_FOLDER).rmdir()  # unless there is something to remember
+
+
+def write_in_place(base: Base, rewrite: Rewrite) -> None:
+    """Give tensors of a checkpoint other values, all at once; call it within `opened_in_place`.
+
+    Args:
+        base: The checkpoint. Files that are links are replaced, not written through.
+        rewrite: What shall become of it.
+
+    Raises:
+        InputError: There is no room on the disk.
+    """
+    folder = base.folder
+    written = _files_of(base.entries, rewrite.values)
+    room = sum((folder / name).stat().st_size for name in written)
+    _require_space(folder, folder, room + _undo_bytes(rewrite))
+    temporary = {name: temporary_path(folder / name) for name in written}
+    journal = _Journal(
+        record=rewrite.record,
+        expected={
+            name: hash_tensor(value.dtype, value.shape, value.data)
+            for name, value in rewrite.values.items()
+        },
+        files={name: path.name for name, path in temporary.items()},
+        index=(folder / INDEX_FILE).read_bytes().decode() if len(written) > 1 else None,
+    )
+    try:
+        store = folder / RECORD_FOLDER
+        store.mkdir(exist_ok=True)
+        _write_undo(folder, rewrite)
+        with progress("writing", room, "bytes") as step:
+            for name, path in temporary.items():
+                _copy(folder / name, path, step)
+        _put(base.entries, rewrite.values, temporary)
+        sync_folder(folder)
+        write_file(store / NEXT_FILE, journal.dump())
+        sync_folder(folder)
+        _switch(folder, journal)
+        _settle(folder, journal)
+    except BaseException:
+        # If this fails, too, the next writer does it.
+        with suppress(OSError, LocftError):
+            recover(folder)
+        raise
+
+
+def recover(folder: Path) -> None:
+    """Finish or forget what an interrupted writer left in a checkpoint folder; the caller locks it.
+
+    Raises:
+        PatchError: The folder's record is damaged.
+    """
+    journal = _read_journal(folder)
+    if journal is not None:
+        if _is_reached(folder, journal):
+            _settle(folder, journal)
+            return
+        if _is_switched(folder, journal):
+            raise PatchError(
+                f"{folder}: a change of it was interrupted and cannot be finished, as the new weights"
+                " were damaged since; copy the model afresh"
+            )
+    (folder / RECORD_FOLDER / NEXT_FILE).unlink(missing_ok=True)
+    _tidy(folder, read_recorded(folder))
+
+
+def read_record(folder: Path) -> Record:
+    """Read which patches a checkpoint carries, without changing anything.
+
+    Raises:
+        PatchError: Its record is damaged.
+    """
+    journal = _read_journal(folder)
+    if journal is not None and _is_reached(folder, journal):
+        return journal.record
+    return read_recorded(folder)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """List what an interrupted writer left in a checkpoint folder, for the next one to remove."""
+    store = folder / RECORD_FOLDER
+    if not store.is_dir():
+        return temporary_files(folder)
+    known = {RECORD_FILE, *(undo_file(folder, patch_id).name for patch_id in read_record(folder).ids())}
+    return [*temporary_files(folder), *(path for path in store.iterdir() if path.name not in known)]
+
+
+def list_files(checkpoint: Path, entries: Mapping[str, TensorEntry]) -> list[Path]:
+    """List the files of a checkpoint that its copy gets.
+
+    The safetensors weights and what else transformers needs; weights in other formats, adapters,
+    Python code, hidden files and subfolders stay behind.
+    """
+    weights = {entry.file.name for entry in entries.values()}
+    if WEIGHTS_FILE not in weights:
+        weights.add(INDEX_FILE)
+    return sorted(
+        file
+        for folder in (checkpoint, checkpoint / _TEMPLATES_FOLDER)
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.is_file() and (file.name in weights or not _is_skipped(file.name))
+    )
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """What `next.json` holds: enough to finish, or to see that nothing has happened yet.
+
+    Attributes:
+        record: The record to be.
+        expected: What the replaced tensors will hash to.
+        files: The temporary name of each new file, by its final name.
+        index: The index as it was and shall be; None if a single file changes.
+    """
+
+    record: Record
+    expected: Mapping[str, str]
+    files: Mapping[str, str]
+    index: str | None
+
+    def dump(self) -> bytes:
+        """Write it as bytes."""
+        fields = {"expected": self.expected, "files": self.files, "index": self.index}
+        return dump_manifest({"record": to_json(self.record), **fields})
+
+    def switched_index(self) -> str:
+        """Return the index with the new shards in it, under their temporary names."""
+        index: dict[str, Any] = json.loads(self.index or "")
+        weight_map = {name: self.files.get(file, file) for name, file in index["weight_map"].items()}
+        return json.dumps({**index, "weight_map": weight_map})
+
+
+def _read_journal(folder: Path) -> _Journal | None:
+    path = folder / RECORD_FOLDER / NEXT_FILE
+    refuse_links(path)
+    try:
+        raw = path.read_bytes()
+        fields = parse_json(raw)
+        record = check_record(f"{path}: record", fields["record"])
+        journal = _Journal(record, fields["expected"], fields["files"], fields["index"])
+        if raw != journal.dump():
+            raise ValueError("has unknown fields, or was changed by hand")
+        if not all(Path(name).name == name for pair in journal.files.items() for name in pair):
+            raise ValueError("a file is not named plainly")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PatchError(f"{path}: is damaged: {error}") from error
+    return journal
+
+
+def _is_reached(folder: Path, journal: _Journal) -> bool:
+    """Tell whether a checkpoint's tensors are what a journal wants them to be."""
+    entries = read_checkpoint(folder)
+    return all(
+        name in entries and hash_entry(entries[name]) == expected
+        for name, expected in journal.expected.items()
+    )
+
+
+def _is_switched(folder: Path, journal: _Journal) -> bool:
+    """Tell whether the index names the new shards by their temporary names."""
+    if journal.index is None:
+        return False
+    return (folder / INDEX_FILE).read_bytes() == journal.switched_index().encode()
+
+
+def _switch(folder: Path, journal: _Journal) -> None:
+    """Make the new files count, by one rename."""
+    if journal.index is None:
+        for name, temporary in journal.files.items():
+            replace_file(folder / temporary, folder / name)
+    else:
+        write_file(folder / INDEX_FILE, journal.switched_index().encode())
+
+
+def _settle(folder: Path, journal: _Journal) -> None:
+    """Do what is left once the new files count; may be repeated."""
+    if journal.index is not None and _is_switched(folder, journal):
+        for name, temporary in journal.files.items():
+            # The index names the temporary file, so it must stay while the other appears.
+            second = temporary_path(folder / name)
+            _link_or_copy(folder / temporary, second, _ignore)
+            replace_file(second, folder / name)
+        write_file(folder / INDEX_FILE, journal.index.encode())
+    store = folder / RECORD_FOLDER
+    if journal.record.patches:
+        write_file(store / RECORD_FILE, dump_record(journal.record))
+    else:
+        (store / RECORD_FILE).unlink(missing_ok=True)
+    sync_folder(store)
+    (store / NEXT_FILE).unlink(missing_ok=True)
+    _tidy(folder, journal.record)
+
+
+def _tidy(folder: Path, record: Record) -> None:
+    """Remove what the record does not speak of."""
+    sweep_files(folder)
+    store = folder / RECORD_FOLDER
+    if store.is_dir():
+        known = {RECORD_FILE, *(undo_file(folder, patch_id).name for patch_id in record.ids())}
+        for path in store.iterdir():
+            if path.name not in known and (path.is_symlink() or path.is_file()):
+                path.unlink()
+
+
+def _write_undo(folder: Path, rewrite: Rewrite) -> None:
+    for patch_id, tensors in rewrite.undo.items():
+        file = undo_file(folder, patch_id)
+        temporary = temporary_path(file)
+        write_safetensors(temporary, tensors)
+        _sync(temporary)
+        replace_file(temporary, file)
+
+
+def _put(
+    entries: Mapping[str, TensorEntry], values: Mapping[str, TensorData], files: Mapping[str, Path]
+) -> None:
+    """Write values over tensors in copies of their files, and read them back."""
+    for name, value in values.items():
+        entry = entries[name]
+        with files[entry.file.name].open("r+b") as file:
+            file.seek(entry.start)
+            file.write(value.data)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(entry.start)
+            if file.read(entry.end - entry.start) != value.data:
+                raise ModelError(f"{files[entry.file.name]}: did not keep what was written to it")
+
+
+def _files_of(entries: Mapping[str, TensorEntry], names: Iterable[str]) -> list[str]:
+    return sorted({entries[name].file.name for name in names})
+
+
+def _is_skipped(name: str) -> bool:
+    return name.startswith(".") or name == _ADAPTER_CONFIG or name.lower().endswith(_SKIPPED_SUFFIXES)
+
+
+def _count_bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _undo_bytes(rewrite: Rewrite) -> int:
+    return sum(len(value.data) for tensors in rewrite.undo.values() for value in tensors.values())
+
+
+def _require_space(output: Path, folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{output}: not enough disk space: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        )
+
+
+def _signatures(folder: Path, files: Iterable[Path]) -> tuple[tuple[int, int, int], ...]:
+    record = folder / RECORD_FOLDER / RECORD_FILE
+    found = [file.stat() for file in (*files, record) if file.exists()]
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found)
+
+
+def _link_or_copy(source: Path, target: Path, step: Callable[[int], object]) -> None:
+    """Give a file that nobody will write to a second place, without copying it where that can be."""
+    source = source.resolve()  # a link in the base is followed
+    if _clone(source, target):
+        step(source.stat().st_size)
+        return
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another disk, a file system without links, or a file of somebody else's
+        _copy(source, target, step)
+    else:
+        step(source.stat().st_size)
+
+
+def _copy(source: Path, target: Path, step: Callable[[int], object]) -> None:
+    # Not shutil.copy: the copy's mode is up to the umask, and a cached source may be read-only.
+    if _clone(source, target):
+        step(source.stat().st_size)
+        return
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while block := reader.read(_BLOCK_BYTES):
+            writer.write(block)
+            step(len(block))
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Copy a file by sharing its blocks; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    with source.open("rb") as reader, target.open("xb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+        except OSError:
+            is_cloned = False
+        else:
+            is_cloned = True
+    if not is_cloned:
+        target.unlink()
+    return is_cloned
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _ignore(num_bytes: int) -> None:
+    """Advance nothing."""
