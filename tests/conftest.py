@@ -90,7 +90,7 @@ def tiny_mixture_config(family: str, **options: Any) -> PreTrainedConfig:
     configs: dict[str, Callable[[], PreTrainedConfig]] = {
         "mixtral": lambda: MixtralConfig(**settings, num_local_experts=4),
         "qwen2_moe": lambda: Qwen2MoeConfig(**narrow, shared_expert_intermediate_size=24),
-        "qwen3_moe": lambda: Qwen3MoeConfig(**narrow, head_dim=8),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**{**narrow, "head_dim": 8}),
         "olmoe": lambda: OlmoeConfig(**settings, num_experts=4),
         # Its parameters are the file's tensors under other names.
         "granitemoe": lambda: GraniteMoeConfig(**settings, num_local_experts=4),

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from locft.errors import LocftError as LocftError
     from locft.errors import TrainingError as TrainingError
     from locft.patch.apply import apply_patch as apply_patch
+    from locft.patch.apply import revert_patches as revert_patches
+    from locft.patch.apply import stack_patches as stack_patches
+    from locft.patch.compare import compare_checkpoints as compare_checkpoints
     from locft.patch.format import read_patch as read_patch
+    from locft.patch.status import read_status as read_status
     from locft.recipe.edit import edit as edit
     from locft.recipe.export import export_lora as export_lora
     from locft.recipe.inquiry import ask as ask
@@ -36,11 +40,15 @@ _HOME = {
     "TrainingError": "locft.errors",
     "apply_patch": "locft.patch.apply",
     "ask": "locft.recipe.inquiry",
+    "compare_checkpoints": "locft.patch.compare",
     "edit": "locft.recipe.edit",
     "evaluate": "locft.recipe.inquiry",
     "export_lora": "locft.recipe.export",
     "read_edits": "locft.data.edits",
     "read_patch": "locft.patch.format",
+    "read_status": "locft.patch.status",
+    "revert_patches": "locft.patch.apply",
+    "stack_patches": "locft.patch.apply",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

@@ -68,7 +68,7 @@ def save_mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 def load_plainly(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
-    return model.eval()
+    return model
 
 
 def logits_of(model: PreTrainedModel) -> Tensor:

@@ -31,12 +31,12 @@ _BETWEEN_ITEMS = re.compile(r"[ \t\n\r,]*")
 
 # What files are that are no text in UTF-8, and what to do about it, by how they begin; the longer
 # beginnings first. What is in them is not looked at.
-_FOREIGN = {
+_FOREIGN: dict[tuple[bytes, ...], str] = {
     (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "is text in UTF-32; save it as UTF-8",
     (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "is text in UTF-16; save it as UTF-8",
-    b"\x1f\x8b": "is compressed by gzip; unpack it first",
-    b"PK\x03\x04": "is a zip archive or a spreadsheet; unpack it first, or export it as CSV",
-    b"PAR1": "is a Parquet file; export it as JSONL",
+    (b"\x1f\x8b",): "is compressed by gzip; unpack it first",
+    (b"PK\x03\x04",): "is a zip archive or a spreadsheet; unpack it first, or export it as CSV",
+    (b"PAR1",): "is a Parquet file; export it as JSONL",
     (
         b"\x80\2",
         b"\x80\3",

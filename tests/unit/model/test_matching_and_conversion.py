@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
 )
 
 from locft.checkpoint import read_checkpoint
@@ -48,7 +49,7 @@ def is_listed(weights: WeightMap) -> bool:
 
 
 def save_converted(
-    model: Any, folder: Path, conversions: Sequence[WeightConverter | WeightRenaming]
+    model: Any, folder: Path, conversions: Sequence[WeightTransform]
 ) -> dict[str, TensorEntry]:
     """Save a model as if it had been loaded from a checkpoint through these conversions."""
     model._weight_conversions = list(conversions)
