@@ -53,6 +53,14 @@ class Codec:
         """Encode a prompt as decoding starts from it."""
         return self._without_eos(self._tokenize(self._prompt_text(prompt))["input_ids"])
 
+    def continuation(self, prompt: str, text: str) -> tuple[int, ...] | None:
+        """Encode what may follow a prompt; None if it changes how the prompt itself is encoded."""
+        start = self.prompt_ids(prompt)
+        if not text:
+            return ()
+        ids = self._without_eos(self._tokenize(join(self._prompt_text(prompt), text))["input_ids"])
+        return ids[len(start) :] if ids[: len(start)] == start else None
+
     def encode(self, edit: Edit) -> Encoded:
         """Encode an edit as one training example.
 

@@ -1,6 +1,6 @@
 """Answers prompts by greedy decoding under the published protocol."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import takewhile
@@ -18,10 +18,14 @@ from transformers import (
 
 from locft.data.encode import Codec
 from locft.data.normalise import cut_answer
-from locft.progress import progress
+from locft.model.split import logits_at
+from locft.progress import Step, progress
 
 MAX_NEW_TOKENS = 32
 
+# By how much of its own size the largest logit must lead for a guess to count, in each dtype: many
+# times what padding on the other side, or keys and values from a cache, make of it.
+_CLEAR_MARGINS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 Stop = Literal["protocol", "line"]
 
@@ -34,8 +38,12 @@ def answer_prompts(
     batch_size: int,
     label: str,
     stop: Stop = "protocol",
+    guesses: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Answer prompts greedily, with at most 32 new tokens; the model's own settings are left out.
+
+    A guess that is right costs one forward pass instead of one for every token: where each of its
+    tokens is clearly the likeliest, and then one that ends the answer, decoding would give just that.
 
     Source: the paper's protocol (section 5).
 
@@ -48,18 +56,42 @@ def answer_prompts(
         stop: ``protocol`` ends an answer at the first ".", newline or end of sequence, as scores are
             taken; many a model begins with a newline, and its answer is then empty. ``line`` gives
             the first line that is not blank, for a person to read.
+        guesses: What some prompts may be answered with; they change the time, never an answer.
 
     Returns:
         Each prompt's answer, cut at the stop and stripped.
     """
     ids = {prompt: codec.prompt_ids(prompt) for prompt in prompts}
-    # Longest first: little is padded, and memory is at its peak at once.
-    pending = sorted(ids, key=lambda prompt: (-len(ids[prompt]), prompt))
-    answers: dict[str, str] = {}
-    generate: Any = model.generate
     ends = _end_ids(model, codec)
     stop_at = _StopAt(codec.tokenizer, stop, model.device)
-    with _greedy(model, ends), progress(label, len(pending), "prompts") as step:
+    with progress(label, len(ids), "prompts") as step:
+        rows = {}
+        if guesses and stop == "protocol":
+            rows = _confirm_guesses(model, codec, ids, guesses, batch_size, ends, stop_at)
+            step(len(rows))
+        pending = {prompt: found for prompt, found in ids.items() if prompt not in rows}
+        rows |= _decode_greedily(model, pending, batch_size, ends, stop_at, step)
+    texts = codec.tokenizer.batch_decode(list(rows.values()), skip_special_tokens=True) if rows else []
+    return {
+        prompt: (cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]).strip()
+        for prompt, text in zip(rows, texts, strict=True)
+    }
+
+
+def _decode_greedily(
+    model: PreTrainedModel,
+    ids: Mapping[str, tuple[int, ...]],
+    batch_size: int,
+    ends: set[int],
+    stop_at: "_StopAt",
+    step: Step,
+) -> dict[str, list[int]]:
+    """Decode the tokens that follow each prompt, without the one that ends a sequence."""
+    # Longest first: little is padded, and memory is at its peak at once.
+    pending = sorted(ids, key=lambda prompt: (-len(ids[prompt]), prompt))
+    rows: dict[str, list[int]] = {}
+    generate: Any = model.generate
+    with _greedy(model, ends):
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
             longest = len(ids[batch[0]])
@@ -72,16 +104,73 @@ def answer_prompts(
                 stopping_criteria=StoppingCriteriaList([stop_at]),
             )
             # Not left to skip_special_tokens: a token that ends an answer need not be a special one.
-            rows = [
-                list(takewhile(lambda token: token not in ends, row))
-                for row in generated[:, longest:].tolist()
-            ]
-            texts = codec.tokenizer.batch_decode(rows, skip_special_tokens=True)
-            for prompt, text in zip(batch, texts, strict=True):
-                whole = cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]
-                answers[prompt] = whole.strip()
+            for prompt, row in zip(batch, generated[:, longest:].tolist(), strict=True):
+                rows[prompt] = list(takewhile(lambda token: token not in ends, row))
             step(len(batch))
-    return answers
+    return rows
+
+
+def _confirm_guesses(
+    model: PreTrainedModel,
+    codec: Codec,
+    ids: Mapping[str, tuple[int, ...]],
+    guesses: Mapping[str, str],
+    batch_size: int,
+    ends: set[int],
+    stop_at: "_StopAt",
+) -> dict[str, list[int]]:
+    """Find the guesses that decoding would give, and return their tokens.
+
+    Left out are those that decoding might not give: with a token that is not the likeliest, or hardly,
+    as another order of rounding could decide otherwise; that hold a stop or are too long; or that the
+    tokenizer would not spell from the prompt's own ids on.
+    """
+    guessed: dict[str, tuple[int, ...]] = {}
+    for prompt in ids.keys() & guesses.keys():
+        tokens = codec.continuation(prompt, guesses[prompt])
+        if (
+            tokens is not None
+            and len(tokens) < MAX_NEW_TOKENS
+            and not any(token in ends or stop_at.is_end(token) for token in tokens)
+        ):
+            guessed[prompt] = tokens
+    order = sorted(guessed, key=lambda prompt: (-len(ids[prompt]) - len(guessed[prompt]), prompt))
+    rows: dict[str, list[int]] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        whole = [[*ids[prompt], *guessed[prompt]] for prompt in batch]
+        longest = len(whole[0])
+        # From the prompt's last token on, each position predicts the next.
+        places = [
+            (row, column)
+            for row, prompt in enumerate(batch)
+            for column in range(len(ids[prompt]) - 1, len(whole[row]))
+        ]
+        at_rows, at_columns = torch.tensor(places, device=model.device).unbind(dim=1)
+        padded = [[*row, *[0] * (longest - len(row))] for row in whole]
+        mask = [[int(i < len(row)) for i in range(longest)] for row in whole]
+        with torch.no_grad():
+            logits = logits_at(
+                model,
+                at_rows,
+                at_columns,
+                input_ids=torch.tensor(padded, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+            )
+        best, second = logits.float().topk(2, dim=1).values.unbind(dim=1)
+        is_clear = best - second > _CLEAR_MARGINS[logits.dtype] * best.abs()
+        # Where it is not clear, no token is found.
+        found = logits.argmax(dim=1).where(is_clear, -1).tolist()
+        for prompt in batch:
+            count = len(guessed[prompt]) + 1
+            row, found = found[:count], found[count:]
+            if tuple(row[:-1]) != guessed[prompt]:
+                continue
+            if row[-1] in ends:
+                rows[prompt] = row[:-1]
+            elif stop_at.is_end(row[-1]):
+                rows[prompt] = row
+    return rows
 
 
 def _end_ids(model: PreTrainedModel, codec: Codec) -> set[int]:
@@ -122,6 +211,11 @@ class _StopAt(StoppingCriteria):
         # A model's vocabulary may be padded past the tokenizer's; what lies there does neither.
         self.ends = torch.tensor([*ends, False], device=device)
         self.speaks = torch.tensor([*speaks, False], device=device)
+        self._end_ids = {index for index, is_end in enumerate(ends) if is_end}
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether a token holds a stop."""
+        return token in self._end_ids
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
         new = input_ids[:, self.prompt_length :].clamp(max=len(self.ends) - 1)

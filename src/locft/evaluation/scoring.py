@@ -40,6 +40,16 @@ def prompts_of(edits: Iterable[Edit]) -> list[str]:
     return [text for edit in edits for text in (edit.prompt, *edit.rephrases, *edit.locality)]
 
 
+def guesses_for(edits: Iterable[Edit], base_answers: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Guess what an edited model answers: the targets, and elsewhere what the unedited model did."""
+    guesses: dict[str, str] = {}
+    for edit in edits:
+        if base_answers is not None:
+            guesses |= {text: base_answers[text] for text in edit.locality if text not in guesses}
+        guesses |= dict.fromkeys((edit.prompt, *edit.rephrases), edit.target)
+    return guesses
+
+
 def score(
     edits: Sequence[Edit],
     answers: Mapping[str, str],

@@ -29,7 +29,13 @@ class Subject:
         """The tensors of its checkpoint."""
         return read_checkpoint(self.loaded.checkpoint.folder)
 
-    def answer(self, prompts: Iterable[str], label: str, stop: Stop = "protocol") -> dict[str, str]:
+    def answer(
+        self,
+        prompts: Iterable[str],
+        label: str,
+        stop: Stop = "protocol",
+        guesses: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
         """Answer prompts as `answer_prompts` does; `label` stands beside the progress bar."""
         return answer_prompts(
             self.loaded.model,
@@ -38,6 +44,7 @@ class Subject:
             batch_size=self.batch_size,
             label=label,
             stop=stop,
+            guesses=guesses,
         )
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -84,13 +84,9 @@ class Split:
                 return (state["hidden"], *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": state["hidden"]}
 
-        def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0][state["rows"], state["columns"]].unsqueeze(0), *args[1:])
-
         def run(ids: Tensor, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-            state.update(hidden=hidden, rows=rows, columns=columns)
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-            return logits[0]
+            state["hidden"] = hidden
+            return logits_at(self.model, rows, columns, input_ids=ids)
 
         with ExitStack() as undo:
             for layer, length in zip(
@@ -101,12 +97,34 @@ class Split:
             tuned = self.layers.modules[self.layer]
             handle = tuned.register_forward_pre_hook(put_in, with_kwargs=True)
             undo.callback(handle.remove)
-            head = self.model.get_output_embeddings()
-            undo.callback(head.register_forward_pre_hook(gather).remove)
             try:
                 yield run
             finally:
                 state.clear()
+
+
+def logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor, **inputs: Tensor) -> Tensor:
+    """Run a model's forward, its head at some positions only.
+
+    Args:
+        model: A causal language model with an output head.
+        rows: (M,) the rows of the positions.
+        columns: (M,) their columns.
+        inputs: What the forward takes: `input_ids` (B, T), and others.
+
+    Returns:
+        (M, V) logits.
+    """
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][rows, columns].unsqueeze(0), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits[0]
 
 
 def split_model(model: PreTrainedModel, layer: int) -> Split:

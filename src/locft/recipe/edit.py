@@ -14,6 +14,7 @@ from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_war
 from locft.evaluation.drift import NeutralText, read_neutral_text
 from locft.evaluation.scoring import (
     answer_records,
+    guesses_for,
     prompts_of,
     score,
     score_unedited,
@@ -152,7 +153,8 @@ def _edit(
     watch.lap("load")
     say("answering after the edit, and measuring drift")
     with swapped_in(subject.loaded.model, values):
-        answers = subject.answer(prompts, "answering, edited")
+        guesses = guesses_for(gathered.edits, base_answers)
+        answers = subject.answer(prompts, "answering, edited", guesses=guesses)
     drift = drift_of_values(subject, values, text)
     watch.lap("eval")
 

@@ -1,5 +1,7 @@
 """Export an edit for serving, as a LoRA adapter: how small it can be, and what that loses."""
 
+import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from locft.model.load import context_tokens
 from locft.model.resolve import CheckpointFolder
 from locft.model.weights import swapped_in
 from locft.patch.base import resolve_base
-from locft.patch.format import PATCH_FOLDER, Patch, manifest_record, open_patch
+from locft.patch.format import Patch, manifest_record, open_patch
 from locft.patch.lora import (
     MAX_RANK,
     Factors,
@@ -202,9 +204,9 @@ def export_lora(
 
 
 def _edits_of_run(path: Path) -> Path | None:
-    """Find the edits of a run folder; None if the path is none, but a patch by itself."""
+    """Find the edits of a run folder; None where there are none, as beside a patch by itself."""
     file = path / EDITS_FILE
-    return file if (path / PATCH_FOLDER).is_dir() and file.is_file() else None
+    return file if file.is_file() else None
 
 
 def _refuse_size(rank: int | Literal["auto"], largest: int, matrices_bytes: int) -> None:
@@ -222,7 +224,8 @@ def _refuse_size(rank: int | Literal["auto"], largest: int, matrices_bytes: int)
 
 def _answered_right(subject: Subject, edits: Sequence[Edit], label: str) -> set[str]:
     """Name the edits whose prompts are answered with their targets."""
-    answers = subject.answer([edit.prompt for edit in edits], label)
+    guesses = {edit.prompt: edit.target for edit in edits}
+    answers = subject.answer(guesses, label, guesses=guesses)
     return {edit.id for edit in edits if is_match(answers[edit.prompt], edit.target)}
 
 
@@ -240,7 +243,7 @@ def _choose(table: Sequence[RankFigures]) -> int:
 def _draw_readme(
     report: LoraExport, patch: Patch, base: CheckpointFolder, factors: Sequence[Factors]
 ) -> str:
-    config = adapter_config(factors, base)
+    name = str(adapter_config(factors, base)["base_model_name_or_path"])
     figures = report.chosen
     measured = (
         "It was not asked any edits."
@@ -248,7 +251,6 @@ def _draw_readme(
         else f"With it, {figures.num_right:,} of {report.num_edits:,} edits are answered right; "
         f"{figures.num_lost:,} are lost of the {report.num_right:,} that the full patch answers right."
     )
-    name = config["base_model_name_or_path"]
     return f"""\
 # {counted(patch.manifest.num_edits, "edit")} as a LoRA adapter of rank {report.rank}
 
@@ -259,12 +261,13 @@ Belongs to `{name}`{f" at revision `{base.revision}`" if base.revision else ""},
 It leaves {100 * figures.error:.1f}% of the patch's change out (Frobenius norm). {measured}
 
 ```python
-base = transformers.AutoModelForCausalLM.from_pretrained("{name}")
+base = transformers.AutoModelForCausalLM.from_pretrained({json.dumps(name)})
 model = peft.PeftModel.from_pretrained(base, "FOLDER")
 ```
 
 ```console
-$ vllm serve {name} --enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules edited=FOLDER
+$ vllm serve {shlex.quote(name)} --enable-lora \\
+    --max-lora-rank {report.max_lora_rank} --lora-modules edited=FOLDER
 ```
 
 `FOLDER` is this folder.

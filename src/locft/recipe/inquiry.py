@@ -10,7 +10,14 @@ from locft.data.gather import check_tokens, gather_edits, lint_tokens, say_warni
 from locft.data.problems import Problem
 from locft.errors import InputError
 from locft.evaluation.drift import Drift, read_neutral_text
-from locft.evaluation.scoring import AnswerRecord, answer_records, prompts_of, score, score_unedited
+from locft.evaluation.scoring import (
+    AnswerRecord,
+    answer_records,
+    guesses_for,
+    prompts_of,
+    score,
+    score_unedited,
+)
 from locft.evaluation.subject import drift_between, drift_of_values, load_codec, load_subject
 from locft.model.load import context_tokens
 from locft.model.weights import swapped_in
@@ -128,12 +135,13 @@ def evaluate(
         values = patched_values(subject.loaded.model, subject.loaded.checkpoint.folder, found)
         base_answers = subject.answer(prompts, "answering, unedited")
         with swapped_in(subject.loaded.model, values):
-            answers = subject.answer(prompts, "answering, edited")
+            guesses = guesses_for(gathered.edits, base_answers)
+            answers = subject.answer(prompts, "answering, edited", guesses=guesses)
         drift = drift_of_values(subject, values, text)
     else:
-        answers = subject.answer(prompts, "answering")
+        answers = subject.answer(prompts, "answering", guesses=guesses_for(gathered.edits))
     if unedited is not None:
-        base_answers = unedited.answer(prompts, "answering, unedited")
+        base_answers = unedited.answer(prompts, "answering, unedited", guesses=answers)
         drift = drift_between(unedited, subject, text)
     watch.lap("eval")
     before = None

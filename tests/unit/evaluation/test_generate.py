@@ -1,4 +1,5 @@
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -82,9 +83,12 @@ def answers_of(
     prompts: tuple[str, ...] = PROMPTS,
     batch_size: int = 64,
     stop: Stop = "protocol",
+    guesses: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     codec = make_codec(tokenizer, "raw")
-    return answer_prompts(model, codec, prompts, batch_size=batch_size, label="test", stop=stop)
+    return answer_prompts(
+        model, codec, prompts, batch_size=batch_size, label="test", stop=stop, guesses=guesses
+    )
 
 
 def dictate(
@@ -312,3 +316,92 @@ def test_decoding_ends_with_the_answer(
     steps = dictate(monkeypatch, model, tokenizer, f"Rome{end}Oslo London Vienna")
     assert answers_of(model, tokenizer, ("Who",), stop=stop) == {"Who": "Rome"}
     assert len(steps) == len(tokenizer(f"Rome{end}")["input_ids"])
+
+
+def brief_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """Make a random model that often ends its answers: by a stop, or by the end of sequence."""
+    model = chatty_model(seed=seed)
+    stops = [i for i in range(len(tokenizer)) if set(tokenizer.decode([i])) & set(".\n")]
+    raise_logits(model, [EOS], 40.0)
+    head: Any = model.get_output_embeddings()
+    head.bias[stops] = 15.0
+    return model
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["right", "wrong", "begun", "blank", "with a stop", "too long"])
+def test_guesses_never_change_an_answer(
+    tokenizer: PreTrainedTokenizerBase, seed: int, kind: str
+) -> None:
+    model = brief_model(tokenizer, seed)
+    plain = answers_of(model, tokenizer)
+    guesses = {
+        "right": plain,
+        "wrong": dict.fromkeys(plain, "chess"),
+        "begun": {prompt: answer[: len(answer) // 2] for prompt, answer in plain.items()},
+        "blank": dict.fromkeys(plain, ""),
+        "with a stop": {prompt: f"{answer}. Oslo" for prompt, answer in plain.items()},
+        "too long": dict.fromkeys(plain, "Oslo " * 40),
+    }[kind]
+    assert answers_of(model, tokenizer, guesses=guesses, batch_size=3) == plain
+
+
+def test_a_right_guess_is_not_generated(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tiny_llama_config())
+    codec = make_codec(tokenizer, "raw")
+    prompt, other = "The capital of France is", "Who wrote the play?"
+    start, said = codec.prompt_ids(prompt), codec.continuation(prompt, "Rome")
+    assert said
+    wanted = [*start, *said, EOS]
+
+    def speak(input_ids: torch.Tensor, **_: Any) -> Any:
+        # Whatever stands before it, each token is followed by the next one of what is wanted.
+        logits = torch.zeros(*input_ids.shape, 384)
+        following = dict(zip(wanted[len(start) - 1 :], wanted[len(start) :], strict=False))
+        for place in itertools.product(*map(range, input_ids.shape)):
+            logits[(*place, following.get(int(input_ids[place]), EOS))] = 1.0
+        return logits
+
+    monkeypatch.setattr(
+        "locft.evaluation.generate.logits_at",
+        lambda model, rows, columns, **inputs: speak(**inputs)[rows, columns],
+    )
+    guesses = {prompt: "Rome", other: "chess", "never asked": "Oslo"}
+    with counted(model) as shapes:
+        answers = answers_of(model, tokenizer, (prompt, other), guesses=guesses)
+    assert answers[prompt] == "Rome"
+    assert [shape[0] for shape in shapes] == [1]
+
+
+@pytest.mark.parametrize(("lead", "is_generated"), [(0.0005, True), (0.01, False)])
+def test_a_near_tie_is_generated(
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    lead: float,
+    is_generated: bool,
+) -> None:
+    def hesitate(model: Any, rows: torch.Tensor, columns: torch.Tensor, **_: Any) -> torch.Tensor:
+        logits = torch.zeros(len(rows), 384)
+        logits[:, EOS] = 1.0
+        logits[:, 17] = 1.0 - lead
+        return logits
+
+    monkeypatch.setattr("locft.evaluation.generate.logits_at", hesitate)
+    model = make_model(tiny_llama_config())
+    with counted(model) as shapes:
+        answers_of(model, tokenizer, ("Who",), guesses={"Who": ""})
+    assert bool(shapes) == is_generated
+
+
+def test_a_guess_after_which_the_prompt_reads_differently_is_left_out(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    codec = make_codec(tokenizer, "raw")
+    # "London " ends in a token for the space, which "London Berlin" does not have.
+    assert codec.continuation("London ", "Berlin") is None
+    said = codec.continuation("London", "Berlin")
+    assert said is not None
+    assert codec.prompt_ids("London") + said == codec.prompt_ids("London Berlin")
+    assert codec.continuation("London ", "") == ()
