@@ -70,7 +70,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
             except OSError:
                 refuse_taken(target)
                 raise
-            sync_folder(target.parent)
+            try:
+                sync_folder(target.parent)
+            except OSError as error:
+                raise InputError(
+                    f"{target}: is whole, but its disk did not confirm that it will stay"
+                    f" ({error.strerror}); check the disk, and write it again elsewhere"
+                ) from error
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -90,8 +96,11 @@ def reserved(target: Path) -> Iterator[None]:
     """
     refuse_taken(target)
     parent = _with_real_parents(target).parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            sync_folder(folder.parent)
     except OSError as error:
         raise _cannot_create(target, error) from error
     with locked(target):
@@ -127,7 +136,7 @@ def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all; an existing one, or a link, is replaced.
+    """Write a file, whole or not at all; an existing one, or a link, is replaced; its mode stays.
 
     Args:
         path: The file.
@@ -142,11 +151,20 @@ def write_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if path.is_file():
+            keep_mode(path, temporary)
         replace_file(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_mode(path: Path, new: Path) -> None:
+    """Give a file that is to replace another one its mode; a link has none of its own."""
+    if not path.is_symlink():
+        with suppress(PermissionError):  # a file system that has no modes
+            shutil.copymode(path, new)
 
 
 def replace_file(source: Path, target: Path) -> None:
@@ -158,6 +176,12 @@ def replace_file(source: Path, target: Path) -> None:
 def temporary_path(path: Path) -> Path:
     """Return a new name beside a path, one by which the next writer knows it as left behind."""
     return path.with_name(f".locft-{secrets.token_hex(4)}-{path.name}")
+
+
+def is_temporary(name: str, of: str) -> bool:
+    """Tell whether a name is one that `temporary_path` makes for another."""
+    found = _TEMPORARY.fullmatch(name)
+    return found is not None and found[1] == of
 
 
 def sync_folder(folder: Path) -> None:
@@ -203,7 +227,8 @@ def locked(target: Path) -> Iterator[None]:
     """
     target = _with_real_parents(target)
     lock = target.with_name(_LOCK + target.name)
-    if _held.get(lock) == threading.get_ident():
+    # Nobody else writes within a folder that this process is building, and no lock shall stay in it.
+    if _held.get(lock) == threading.get_ident() or not _being_built.isdisjoint(target.parents):
         yield
         return
     descriptor = _acquire(lock, target)
@@ -234,12 +259,6 @@ def _sweep_folders(parent: Path) -> None:
                 found = _TEMPORARY.fullmatch(path.name)
                 if found and found[1] == name and path.is_dir() and path not in _being_built:
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def sweep_files(folder: Path) -> None:
-    """Remove the temporary files that a killed writer left in a folder whose lock the caller holds."""
-    for path in temporary_files(folder):
-        path.unlink(missing_ok=True)
 
 
 def temporary_files(folder: Path) -> list[Path]:
@@ -303,10 +322,14 @@ def _cannot_create(target: Path, error: OSError) -> InputError:
 
 
 def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, onerror=_raise):
         for name in names:
             _sync(Path(parent, name))
         sync_folder(Path(parent))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _sync(path: Path, flags: int = 0) -> None:

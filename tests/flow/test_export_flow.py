@@ -21,6 +21,7 @@ import locft
 from locft.cli.main import main
 from locft.errors import EditsError, InputError, ModelError, PatchError
 from locft.evaluation.subject import load_subject
+from locft.model.resolve import CheckpointFolder
 from locft.model.weights import swapped_in
 from locft.patch.weights import patched_values
 from locft.recipe.export import LoraExport, export_lora
@@ -160,8 +161,8 @@ def test_the_answers_of_a_low_rank_are_those_of_peft(
     asked: dict[str, dict[str, str]] = {}
     answer = locft.evaluation.subject.Subject.answer
 
-    def keep(subject: Any, prompts: Any, label: str) -> Any:
-        asked[label] = answer(subject, prompts, label)
+    def keep(subject: Any, prompts: Any, label: str, **options: Any) -> Any:
+        asked[label] = answer(subject, prompts, label, **options)
         return asked[label]
 
     with monkeypatch.context() as patched:
@@ -290,7 +291,7 @@ def test_where_every_adapter_would_be_larger_none_is_made(
     rank: Any, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("locft.recipe.export.largest_rank", lambda changes: 0)
-    with pytest.raises(InputError, match="an adapter of any rank would be larger .* with --full"):
+    with pytest.raises(InputError, match=r"an adapter of any rank would be larger .* with --full"):
         export_lora(run, tmp_path / "adapter", rank=rank)
     assert list(tmp_path.iterdir()) == []
 
@@ -320,6 +321,7 @@ def test_edits_that_the_patch_does_not_know_choose_no_rank(
     assert list(tmp_path.iterdir()) == []
     report = export_lora(run, tmp_path / "adapter", edits=other, rank=2)
     assert (report.num_edits, report.num_right, report.chosen.num_lost) == (1, 0, 0)
+    assert list(by_rank(report)) == [1, 2, 4, 8, 16, 21]
     long = [Edit(id="1", prompt="Where does the river begin? " * 30, target="Vienna")]
     with pytest.raises(EditsError, match="the model takes 128"):
         export_lora(run, tmp_path / "long", edits=long)
@@ -378,6 +380,24 @@ def test_a_model_that_moved_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_the_hub_is_loaded_at_its_commit_and_named_by_its_id(
+    run: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def resolve(name: str, *, revision: str | None) -> CheckpointFolder:
+        asked.append((name, revision))
+        return CheckpointFolder(name="some/model", folder=model_folder, revision="c0ffee")
+
+    monkeypatch.setattr("locft.patch.base.resolve_checkpoint", resolve)
+    monkeypatch.setattr("locft.model.load.resolve_checkpoint", resolve)
+    export_lora(run / "patch", tmp_path / "adapter", rank=1, model="some/model")
+    assert asked == [("some/model", None), ("some/model", "c0ffee")]
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("some/model", "c0ffee")
+    assert "`some/model` at revision `c0ffee`" in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_a_taken_folder_is_refused_before_the_model_is_loaded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,7 +447,7 @@ def test_the_adapters_readme_says_what_it_is_and_how_to_serve_it(
         f"{100 * report.chosen.error:.1f}% of the patch's change",
         f"With it, {report.chosen.num_right} of 3 edits are answered right",
         f"{report.chosen.num_lost} are lost of the 3 that the full patch answers right",
-        "--max-lora-rank 16 --lora-modules edited=FOLDER",
+        f"$ vllm serve {model_folder} --enable-lora \\ --max-lora-rank 16 --lora-modules edited=FOLDER",
     ):
         assert part in text, part
 

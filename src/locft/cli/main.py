@@ -14,7 +14,7 @@ from locft.cli.gates import parse_gate
 from locft.cli.parser import parse_words
 from locft.cli.say import print_json, print_lines, say
 from locft.config import RunConfig, read_config, with_settings
-from locft.errors import InputError, LocftError, first_line
+from locft.errors import InputError, LocftError, first_line, printable
 from locft.types import Edit, Scores
 
 # Recipes are imported where they are called: torch takes seconds to load, and --help, lint and apply
@@ -140,7 +140,7 @@ def _lint(words: argparse.Namespace) -> int:
             }
         )
     else:
-        print_lines(f"{file.path}: {file.format} format, {len(file.edits):,} edits")
+        print_lines(printable(f"{file.path}: {file.format} format, {len(file.edits):,} edits"))
         print_lines(format_problems(problems, file.path))
     has_errors = any(problem.level == "error" for problem in problems)
     return InputError.exit_status if has_errors else 0

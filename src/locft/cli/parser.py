@@ -167,6 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     kind.add_argument("--full", action="store_true", help="a model folder, as `locft apply` makes it")
     export.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to make")
     export.add_argument(
+        "-r",
         "--rank",
         type=_rank,
         metavar="N|auto",

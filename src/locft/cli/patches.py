@@ -16,6 +16,7 @@ from locft.model.resolve import resolve_checkpoint
 from locft.patch.apply import revert_patches, stack_patches
 from locft.patch.format import PATCH_FOLDER, Patch, manifest_record, open_patch
 from locft.patch.record import short
+from locft.patch.rewrite import read_record
 from locft.patch.status import CheckpointStatus, read_status
 from locft.report.words import bytes_text, counted
 
@@ -32,6 +33,7 @@ def run_stack(words: argparse.Namespace) -> int:
 
 def run_revert(words: argparse.Namespace) -> int:
     """Take patches out of a checkpoint."""
+    output = _output(words)
     folder = resolve_checkpoint(words.model).folder
     if words.all:
         wanted = []
@@ -39,15 +41,16 @@ def run_revert(words: argparse.Namespace) -> int:
         is_folder = Path(words.patch).is_dir()
         wanted = [_identity(open_patch(Path(words.patch))) if is_folder else words.patch]
     else:
-        wanted = [patch.id for patch in read_status(folder).patches[-1:]]
-    order = revert_patches(folder, wanted, _output(words))
-    left = len(read_status(folder if words.in_place else words.output).patches)
-    taken = ", ".join(map(short, order))
+        wanted = list(read_record(folder).ids()[-1:])
+    order = revert_patches(folder, wanted, output)
+    left = len(read_record(output or folder).patches)
+    what = f"{counted(len(order), 'patch', 'patches')} taken out ({', '.join(map(short, order))})"
+    rest = f"{counted(left, 'patch is', 'patches are')} left" if left else "none is left"
+    where = output or words.model
     _tell(
         words,
-        {"reverted": order},
-        f"took {counted(len(order), 'patch', 'patches')} out ({taken}); "
-        + (f"{counted(left, 'patch is', 'patches are')} left" if left else "nothing of them is left"),
+        {"checkpoint": str(where), "reverted": order},
+        f"{'wrote' if output else 'changed'} {where}: {what}, {rest}",
     )
     return 0
 
@@ -133,10 +136,11 @@ def run_diff(words: argparse.Namespace) -> int:
 
 
 def _put_in(words: argparse.Namespace, names: list[str]) -> int:
+    output = _output(words)  # before a model is fetched
     patches = [open_patch(Path(name)) for name in names]
     config = RunConfig(revision=getattr(words, "setting_revision", None))
     folder = resolve_checkpoint(words.model, revision=config.revision).folder
-    order = stack_patches(folder, patches, _output(words))
+    order = stack_patches(folder, patches, output)
     num_edits = sum(patch.manifest.num_edits for patch in patches)
     where = words.model if words.in_place else words.output
     said = f"changed {where}: it has" if words.in_place else f"wrote {where}: {words.model} with"
@@ -189,7 +193,10 @@ def _show_status(console: Console, name: str, status: CheckpointStatus) -> None:
     if status.leftovers:
         num = counted(len(status.leftovers), "file")
         console.print(
-            plain(f"an interrupted locft left {num} here; the next one that writes removes them")
+            plain(
+                f"{num} of a locft that was interrupted, or is still at work; the next one that writes"
+                " here clears them away"
+            )
         )
 
 

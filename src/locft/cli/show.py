@@ -17,6 +17,7 @@ from locft.report.words import (
     counted,
     figure_text,
     seconds_text,
+    some,
     verdict,
 )
 from locft.types import Scores
@@ -49,7 +50,7 @@ def show_edit(console: Console, report: EditReport, examples: Sequence[Example],
     share = 100 * location.num_parameters / report.model.num_parameters
     console.print(
         _line(
-            f"changed {location.name}: {', '.join(m.tensor for m in location.matrices)}, "
+            f"changed {location.name}: {some([m.tensor for m in location.matrices])}, "
             f"{location.num_parameters:,} parameters ({share:.2f}% of the model)"
         )
     )

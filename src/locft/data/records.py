@@ -29,6 +29,8 @@ _ADVICE = {
 
 _BETWEEN_ITEMS = re.compile(r"[ \t\n\r,]*")
 
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+
 # What files are that are no text in UTF-8, and what to do about it, by how they begin; the longer
 # beginnings first. What is in them is not looked at.
 _FOREIGN: dict[tuple[bytes, ...], str] = {
@@ -37,14 +39,11 @@ _FOREIGN: dict[tuple[bytes, ...], str] = {
     (b"\x1f\x8b",): "is compressed by gzip; unpack it first",
     (b"PK\x03\x04",): "is a zip archive or a spreadsheet; unpack it first, or export it as CSV",
     (b"PAR1",): "is a Parquet file; export it as JSONL",
-    (
-        b"\x80\2",
-        b"\x80\3",
-        b"\x80\4",
-        b"\x80\5",
-    ): "is a pickle, which is never opened; export it as JSONL",
+    _PICKLES: "is a pickle, which is never opened; export it as JSONL",
 }
 _NUM_PEEKED_BYTES = 64
+
+_MAX_WRAPPER_CHARS = 40
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def _wrapped_list(document: dict[str, object]) -> str | None:
         return None
     [(name, value)] = document.items()
     wraps = isinstance(value, list) and all(isinstance(item, dict) for item in value)
-    return name if wraps and name.isidentifier() else None
+    return name if wraps and name.isidentifier() and len(name) <= _MAX_WRAPPER_CHARS else None
 
 
 def _parse_csv(data: bytes) -> Records:

@@ -1,6 +1,6 @@
 """Puts patches into a checkpoint, and takes them out again, byte for byte."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,9 +8,17 @@ from locft.checkpoint import refuse_quantised
 from locft.errors import InputError, PatchError
 from locft.model.demo import cache_folder
 from locft.patch.format import Patch, manifest_record
-from locft.patch.record import NEXT_FILE, RECORD_FOLDER, Record, require_undo, short, undo_file
+from locft.patch.record import (
+    MAX_RECORD_BYTES,
+    NEXT_FILE,
+    RECORD_FOLDER,
+    Record,
+    dump_record,
+    read_undo,
+    short,
+)
 from locft.patch.rewrite import Base, Rewrite, opened_in_place, read_base, write_copy, write_in_place
-from locft.tensorfile import TensorData, TensorEntry, hash_tensor, read_header, read_tensor
+from locft.tensorfile import TensorData, TensorEntry, hash_tensor, read_tensor
 
 
 def apply_patch(checkpoint: str | Path, patch: Patch, output: str | Path | None) -> None:
@@ -90,7 +98,9 @@ def refuse_in_place(checkpoint: Path) -> None:
         InputError: It lies in the cache of the Hugging Face Hub, or in locft's own.
     """
     folder = checkpoint.resolve()
-    is_hub = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
+    is_hub = any(
+        parent.name == "snapshots" and (parent.parent / "blobs").is_dir() for parent in folder.parents
+    )
     if is_hub or cache_folder().resolve() in folder.parents:
         whose = "the Hugging Face Hub's cache" if is_hub else "locft's cache"
         raise InputError(
@@ -187,6 +197,8 @@ def _settled_base(checkpoint: Path) -> Base:
 def _plan_stack(base: Base, patches: Sequence[Patch]) -> tuple[Rewrite, tuple[str, ...]]:
     refuse_quantised(base.folder)
     draft = _Draft(base.folder, base.entries)
+    for patch in patches:
+        _refuse_changed(base, draft, patch.tensors)
     undo: dict[str, dict[str, TensorData]] = {}
     manifests = []
     waiting = list(patches)
@@ -201,7 +213,25 @@ def _plan_stack(base: Base, patches: Sequence[Patch]) -> tuple[Rewrite, tuple[st
         for name, tensor in patch.tensors.items():
             draft.put(name, TensorData(tensor.dtype, tensor.shape, tensor.data))
     record = Record((*base.record.patches, *manifests))
+    if len(dump_record(record)) > MAX_RECORD_BYTES:
+        raise PatchError(f"{base.folder}: carries too many patches to record more; revert some first")
     return draft.rewrite(record, undo), tuple(one["manifest_sha256"] for one in manifests)
+
+
+def _refuse_changed(base: Base, draft: _Draft, names: Iterable[str]) -> None:
+    """Refuse to put a patch on tensors that are no longer what a recorded patch made of them."""
+    newest = base.record.newest()
+    for name in names:
+        if name not in newest or name not in base.entries:
+            continue
+        below = newest[name]
+        if draft.hash(name) != below["tensors"][name]["new_sha256"]:
+            raise PatchError(
+                f"{base.folder}: tensor {name!r} is no longer what patch"
+                f" {short(below['manifest_sha256'])} made of it: something else changed it. If it is as"
+                f" it should be, remove {base.folder / RECORD_FOLDER} and try again: the patches in"
+                " it can then not be reverted"
+            )
 
 
 def _plan_revert(base: Base, patch_ids: Sequence[str]) -> tuple[Rewrite, tuple[str, ...]]:
@@ -215,29 +245,21 @@ def _plan_revert(base: Base, patch_ids: Sequence[str]) -> tuple[Rewrite, tuple[s
     for i in reversed(range(len(patches))):
         patch_id, tensors = patches[i]["manifest_sha256"], patches[i]["tensors"]
         if i not in chosen:
-            built_on |= dict.fromkeys(tensors, patch_id)
+            # The newest of several is the one to revert first.
+            built_on = dict.fromkeys(tensors, patch_id) | built_on
             continue
-        undo = read_header(require_undo(base.folder, patch_id))
         for name, fields in tensors.items():
             where = f"{base.folder}: patch {short(patch_id)} cannot be reverted: tensor {name!r}"
             if name in built_on:
                 raise PatchError(
-                    f"{where} was changed again by patch {short(built_on[name])}; revert that one, too"
+                    f"{where} was changed again by patch {short(built_on[name])}; revert that one first"
                 )
             if name not in base.entries or draft.hash(name) != fields["new_sha256"]:
                 raise PatchError(
                     f"{where} is no longer what the patch made of it: something else"
                     " changed it, and reverting would lose that change"
                 )
-            old = undo.get(name)
-            value = None if old is None else TensorData(old.dtype, old.shape, read_tensor(old))
-            if (
-                value is None
-                or hash_tensor(value.dtype, value.shape, value.data) != fields["old_sha256"]
-            ):
-                raise PatchError(
-                    f"{where}: its old values in {undo_file(base.folder, patch_id)} are damaged"
-                )
+        for name, value in read_undo(base.folder, patches[i], base.entries).items():
             draft.put(name, value)
         order.append(patch_id)
     left = Record(tuple(patch for i, patch in enumerate(patches) if i not in chosen))
@@ -252,7 +274,7 @@ def _find(base: Base, wanted: str) -> int:
         carried = ", ".join(map(short, ids))
         raise PatchError(f"{base.folder}: carries no patch {wanted!r}; it carries {carried}")
     if len({ids[i] for i in found}) > 1:
-        several = ", ".join(ids[i] for i in found)
+        several = ", ".join(dict.fromkeys(ids[i] for i in found))
         raise PatchError(f"{base.folder}: {wanted!r} may mean several patches: {several}")
     return found[-1]
 

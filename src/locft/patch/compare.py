@@ -1,5 +1,6 @@
 """Compares two checkpoints: which tensors differ, and by how much."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ class TensorDifference:
         dtype: Its dtype in each checkpoint; None where it is missing.
         shape: Its shape in each checkpoint; None where it is missing.
         num_elements: How many elements it has, where dtype and shape agree.
-        num_changed: How many of them differ in a bit.
-        relative_change: Frobenius norm of the difference over that of the first tensor; None if it
-            is no tensor of floats, or not finite.
-        max_change: Largest absolute difference of two elements; None likewise.
+        num_changed: How many of them differ in a bit; None for elements narrower than a byte.
+        relative_change: Frobenius norm of the difference over that of the first tensor; None if that
+            is zero, or a tensor is not finite or of no F64, F32, F16 or BF16.
+        max_change: Largest absolute difference of two elements; None if a tensor is not finite or of
+            another dtype.
     """
 
     name: str
@@ -117,9 +119,9 @@ def _compare(
         return None  # the same file, under two names
 
     num_elements = int(np.prod(first.shape, dtype=np.int64))
-    num_changed = 0
+    num_changed, is_changed = 0, False
     square, square_of_change, largest = 0.0, 0.0, 0.0
-    width = num_bytes // num_elements if num_elements else 1
+    width = num_bytes // max(num_elements, 1)
     for old, new in zip(_blocks(first), _blocks(second), strict=True):
         step(len(old))
         values = _floats(first.dtype, old)
@@ -127,6 +129,7 @@ def _compare(
             square += float(np.sum(np.square(values)))
         if old == new:
             continue
+        is_changed = True
         rows = [np.frombuffer(side, np.uint8).reshape(-1, max(width, 1)) for side in (old, new)]
         num_changed += int(np.count_nonzero((rows[0] != rows[1]).any(axis=1)))
         others = _floats(first.dtype, new)
@@ -134,17 +137,18 @@ def _compare(
             change = others - values
             square_of_change += float(np.sum(np.square(change)))
             largest = max(largest, float(np.max(np.abs(change))))
-    if num_changed == 0:
+    if not is_changed:
         return None
-    is_measured = _floats(first.dtype, b"") is not None and np.isfinite(square + square_of_change)
+    is_measured = _floats(first.dtype, b"") is not None and math.isfinite(square + square_of_change)
+    relative = math.sqrt(square_of_change) / math.sqrt(square) if is_measured and square else math.inf
     return TensorDifference(
         name=name,
         kind="changed",
         dtype=dtypes,
         shape=shapes,
         num_elements=num_elements,
-        num_changed=num_changed,
-        relative_change=(square_of_change / square) ** 0.5 if is_measured and square else None,
+        num_changed=num_changed if width else None,
+        relative_change=relative if math.isfinite(relative) else None,
         max_change=largest if is_measured else None,
     )
 

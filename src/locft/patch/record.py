@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locft.errors import PatchError
+from locft.errors import ModelError, PatchError, brief
+from locft.openfile import read_limited
 from locft.patch.manifest import check_manifest, dump_manifest, hash_manifest
 from locft.strictjson import parse_json
+from locft.tensorfile import TensorData, TensorEntry, hash_tensor, read_header, read_tensor
 
 RECORD_FOLDER = ".locft"
 
@@ -21,6 +23,12 @@ RECORD_FILE = "record.json"
 NEXT_FILE = "next.json"
 
 RECORD_VERSION = 1
+
+# What to do about a damaged record.
+_AMENDS = f"put it back as it was, or remove the folder {RECORD_FOLDER} and give up reverting"
+
+# Room for some 30,000 patches.
+MAX_RECORD_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,9 @@ class Record:
 
     patches: tuple[Mapping[str, Any], ...] = ()
 
-    def expected(self) -> dict[str, str]:
-        """Return what each patched tensor should hash to: what its newest patch made of it."""
-        return {
-            name: fields["new_sha256"]
-            for manifest in self.patches
-            for name, fields in manifest["tensors"].items()
-        }
+    def newest(self) -> dict[str, Mapping[str, Any]]:
+        """Return, for each patched tensor, the manifest of the newest patch that changed it."""
+        return {name: manifest for manifest in self.patches for name in manifest["tensors"]}
 
     def ids(self) -> tuple[str, ...]:
         """Return the identity of each patch."""
@@ -60,10 +64,48 @@ def require_undo(folder: Path, patch_id: str) -> Path:
     file = undo_file(folder, patch_id)
     refuse_links(file)
     if not file.is_file():
-        raise PatchError(
-            f"{file}: is missing; without these old values patch {short(patch_id)} cannot be reverted"
-        )
+        raise PatchError(f"{file}: is missing; {_without(patch_id)}")
     return file
+
+
+def read_undo(
+    folder: Path, manifest: Mapping[str, Any], entries: Mapping[str, TensorEntry]
+) -> dict[str, TensorData]:
+    """Read the old values of a patch's matrices, and verify them.
+
+    Args:
+        folder: The checkpoint.
+        manifest: The patch in its record.
+        entries: The checkpoint's tensors; those of the patch are among them.
+
+    Returns:
+        The old values by name, of the checkpoint's dtypes and shapes.
+
+    Raises:
+        PatchError: They are missing or damaged, or the file is a link.
+    """
+    patch_id = manifest["manifest_sha256"]
+    file = require_undo(folder, patch_id)
+    values = {}
+    try:
+        undo = read_header(file)
+        for name, fields in manifest["tensors"].items():
+            old, entry = undo.get(name), entries[name]
+            if old is None or (old.dtype, old.shape) != (entry.dtype, entry.shape):
+                raise ModelError(f"{file}: holds no such tensor {brief(name)} as the checkpoint does")
+            values[name] = TensorData(old.dtype, old.shape, read_tensor(old))
+            if hash_tensor(old.dtype, old.shape, values[name].data) != fields["old_sha256"]:
+                raise ModelError(f"{file}: tensor {brief(name)} is damaged")
+    except ModelError as error:
+        raise PatchError(f"{error}; {_without(patch_id)}") from error
+    return values
+
+
+def _without(patch_id: str) -> str:
+    return (
+        f"without these old values patch {short(patch_id)} cannot be reverted: take the model as it was"
+        " before that patch"
+    )
 
 
 def refuse_links(file: Path) -> None:
@@ -74,7 +116,10 @@ def refuse_links(file: Path) -> None:
     """
     for path in (file.parent, file):
         if path.is_symlink():
-            raise PatchError(f"{path}: is a link, which no part of a checkpoint's record may be")
+            raise PatchError(
+                f"{path}: is a link, which no part of a checkpoint's record may be; put what it leads to"
+                " in its place"
+            )
 
 
 def short(patch_id: str) -> str:
@@ -91,7 +136,7 @@ def read_recorded(folder: Path) -> Record:
     path = folder / RECORD_FOLDER / RECORD_FILE
     refuse_links(path)
     try:
-        raw = path.read_bytes()
+        raw = read_limited(path, MAX_RECORD_BYTES)
         record = check_record(str(path), parse_json(raw))
         if raw != dump_record(record):
             raise ValueError("it was changed by hand")
@@ -101,7 +146,7 @@ def read_recorded(folder: Path) -> Record:
     except OSError as error:
         raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise PatchError(f"{path}: is damaged: {error}") from error
+        raise PatchError(f"{path}: is damaged: {error}; {_AMENDS}") from error
 
 
 def check_record(path: str, record: Mapping[str, Any]) -> Record:
@@ -131,7 +176,7 @@ def check_record(path: str, record: Mapping[str, Any]) -> Record:
     if dict(record) != to_json(found):
         raise PatchError(
             f"{path}: is damaged, or was changed by hand: its record_sha256 does not match,"
-            " or it has unknown fields"
+            f" or it has unknown fields; {_AMENDS}"
         )
     seen: dict[str, str] = {}
     for i, manifest in enumerate(manifests):

@@ -17,16 +17,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from locft.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_checkpoint
-from locft.errors import InputError, LocftError, ModelError, PatchError
-from locft.patch.manifest import dump_manifest
+from locft.errors import InputError, LocftError, ModelError, PatchError, brief
+from locft.openfile import read_limited
+from locft.patch.manifest import dump_manifest, hash_manifest
 from locft.patch.record import (
+    MAX_RECORD_BYTES,
     NEXT_FILE,
     RECORD_FILE,
     RECORD_FOLDER,
@@ -41,10 +42,11 @@ from locft.patch.record import (
 )
 from locft.progress import progress
 from locft.publish import (
+    is_temporary,
+    keep_mode,
     locked,
     replace_file,
     staged_folder,
-    sweep_files,
     sync_folder,
     temporary_files,
     temporary_path,
@@ -77,6 +79,8 @@ _SKIPPED_SUFFIXES = (
 _ADAPTER_CONFIG = "adapter_config.json"
 
 _BLOCK_BYTES = 16 * 2**20
+
+_MAX_JOURNAL_BYTES = 10 * MAX_RECORD_BYTES  # it holds a record and, escaped, an index
 
 _FICLONE = 0x40049409  # Linux: let two files share their blocks until one of them is written
 
@@ -126,8 +130,9 @@ def read_base(folder: Path) -> Base:
         PatchError: Its record is damaged.
     """
     entries = read_checkpoint(folder)
-    files = list_files(folder, entries)
-    return Base(folder, entries, read_record(folder), _signatures(folder, files))
+    # Taken before the record or a tensor is read, so that no later change of them goes unnoticed.
+    signatures = _signatures(folder, list_files(folder, entries))
+    return Base(folder, entries, read_record(folder), signatures)
 
 
 def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
@@ -147,9 +152,9 @@ def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
     if source == target or source in target.parents:
         raise InputError(f"{output}: is or lies within the checkpoint {base.folder}; name another one")
     kept = [require_undo(base.folder, one) for one in set(rewrite.record.ids()) - set(rewrite.undo)]
-    with staged_folder(output) as staging:
+    files = base.files
+    with staged_folder(output) as staging, _unchanged(base, files):
         written = _files_of(base.entries, rewrite.values)
-        files = base.files
         linked = [file for file in files if file.suffix == ".safetensors" and file.name not in written]
         copied = [file for file in files if file not in linked]
         if staging.stat().st_dev != source.stat().st_dev:
@@ -168,8 +173,6 @@ def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
                 _link_or_copy(undo, store / undo.name, _ignore)
             _write_undo(staging, rewrite)
             (store / RECORD_FILE).write_bytes(dump_record(rewrite.record))
-        if _signatures(base.folder, files) != base.signatures:
-            raise InputError(f"{base.folder}: was changed while it was copied; try again")
 
 
 @contextmanager
@@ -215,8 +218,8 @@ def write_in_place(base: Base, rewrite: Rewrite) -> None:
     temporary = {name: temporary_path(folder / name) for name in written}
     journal = _Journal(
         record=rewrite.record,
-        expected={
-            name: hash_tensor(value.dtype, value.shape, value.data)
+        hashes={
+            name: (hash_entry(base.entries[name]), hash_tensor(value.dtype, value.shape, value.data))
             for name, value in rewrite.values.items()
         },
         files={name: path.name for name, path in temporary.items()},
@@ -230,6 +233,8 @@ def write_in_place(base: Base, rewrite: Rewrite) -> None:
             for name, path in temporary.items():
                 _copy(folder / name, path, step)
         _put(base.entries, rewrite.values, temporary)
+        for name, path in temporary.items():
+            keep_mode(folder / name, path)
         sync_folder(folder)
         write_file(store / NEXT_FILE, journal.dump())
         sync_folder(folder)
@@ -246,18 +251,12 @@ def recover(folder: Path) -> None:
     """Finish or forget what an interrupted writer left in a checkpoint folder; the caller locks it.
 
     Raises:
-        PatchError: The folder's record is damaged.
+        PatchError: The folder's record is damaged, or so are the tensors that were being replaced.
     """
     journal = _read_journal(folder)
-    if journal is not None:
-        if _is_reached(folder, journal):
-            _settle(folder, journal)
-            return
-        if _is_switched(folder, journal):
-            raise PatchError(
-                f"{folder}: a change of it was interrupted and cannot be finished, as the new weights"
-                " were damaged since; copy the model afresh"
-            )
+    if journal is not None and _is_reached(folder, journal):
+        _settle(folder, journal)
+        return
     (folder / RECORD_FOLDER / NEXT_FILE).unlink(missing_ok=True)
     _tidy(folder, read_recorded(folder))
 
@@ -266,7 +265,8 @@ def read_record(folder: Path) -> Record:
     """Read which patches a checkpoint carries, without changing anything.
 
     Raises:
-        PatchError: Its record is damaged.
+        PatchError: Its record is damaged; or an interrupted writer was replacing tensors, and they are
+            damaged.
     """
     journal = _read_journal(folder)
     if journal is not None and _is_reached(folder, journal):
@@ -278,9 +278,9 @@ def leftovers(folder: Path) -> list[Path]:
     """List what an interrupted writer left in a checkpoint folder, for the next one to remove."""
     store = folder / RECORD_FOLDER
     if not store.is_dir():
-        return temporary_files(folder)
+        return _unused_files(folder)
     known = {RECORD_FILE, *(undo_file(folder, patch_id).name for patch_id in read_record(folder).ids())}
-    return [*temporary_files(folder), *(path for path in store.iterdir() if path.name not in known)]
+    return [*_unused_files(folder), *(path for path in store.iterdir() if path.name not in known)]
 
 
 def list_files(checkpoint: Path, entries: Mapping[str, TensorEntry]) -> list[Path]:
@@ -307,24 +307,25 @@ class _Journal:
 
     Attributes:
         record: The record to be.
-        expected: What the replaced tensors will hash to.
+        hashes: What each tensor that is replaced hashed to, and what it will hash to.
         files: The temporary name of each new file, by its final name.
         index: The index as it was and shall be; None if a single file changes.
     """
 
     record: Record
-    expected: Mapping[str, str]
+    hashes: Mapping[str, tuple[str, str]]
     files: Mapping[str, str]
     index: str | None
 
     def dump(self) -> bytes:
         """Write it as bytes."""
-        fields = {"expected": self.expected, "files": self.files, "index": self.index}
-        return dump_manifest({"record": to_json(self.record), **fields})
+        fields = {"hashes": self.hashes, "files": self.files, "index": self.index}
+        body = {"record": to_json(self.record), **fields}
+        return dump_manifest({**body, "next_sha256": hash_manifest(body)})
 
     def switched_index(self) -> str:
         """Return the index with the new shards in it, under their temporary names."""
-        index: dict[str, Any] = json.loads(self.index or "")
+        index = parse_json((self.index or "").encode())
         weight_map = {name: self.files.get(file, file) for name, file in index["weight_map"].items()}
         return json.dumps({**index, "weight_map": weight_map})
 
@@ -333,14 +334,19 @@ def _read_journal(folder: Path) -> _Journal | None:
     path = folder / RECORD_FOLDER / NEXT_FILE
     refuse_links(path)
     try:
-        raw = path.read_bytes()
+        raw = read_limited(path, _MAX_JOURNAL_BYTES)
         fields = parse_json(raw)
         record = check_record(f"{path}: record", fields["record"])
-        journal = _Journal(record, fields["expected"], fields["files"], fields["index"])
+        hashes = {name: (old, new) for name, (old, new) in fields["hashes"].items()}
+        journal = _Journal(record, hashes, dict(fields["files"]), fields["index"])
         if raw != journal.dump():
-            raise ValueError("has unknown fields, or was changed by hand")
-        if not all(Path(name).name == name for pair in journal.files.items() for name in pair):
-            raise ValueError("a file is not named plainly")
+            raise ValueError("it was changed by hand, or has unknown fields")
+        for name, temporary in journal.files.items():
+            is_plain = name.isprintable() and name.endswith(".safetensors") and "/" not in name
+            if not is_plain or not is_temporary(temporary, name):
+                raise ValueError(f"it names a file that locft does not write: {brief(name)}")
+        if journal.index is not None:
+            journal.switched_index()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -351,12 +357,23 @@ def _read_journal(folder: Path) -> _Journal | None:
 
 
 def _is_reached(folder: Path, journal: _Journal) -> bool:
-    """Tell whether a checkpoint's tensors are what a journal wants them to be."""
+    """Tell whether a checkpoint's tensors are what a journal wants them to be, or what they were.
+
+    Raises:
+        PatchError: They are neither.
+    """
     entries = read_checkpoint(folder)
-    return all(
-        name in entries and hash_entry(entries[name]) == expected
-        for name, expected in journal.expected.items()
-    )
+    found = {name: hash_entry(entries[name]) if name in entries else None for name in journal.hashes}
+    if all(found[name] == new for name, (_, new) in journal.hashes.items()):
+        return True
+    odd = [name for name, (old, _) in journal.hashes.items() if found[name] != old]
+    if odd:
+        neither = [name for name in odd if found[name] != journal.hashes[name][1]] or odd
+        raise PatchError(
+            f"{folder}: a change of it was interrupted, and something else changed its tensors since"
+            f" ({neither[0]!r}, for one): put the files back as they were, or copy the model afresh"
+        )
+    return False
 
 
 def _is_switched(folder: Path, journal: _Journal) -> bool:
@@ -382,6 +399,7 @@ def _settle(folder: Path, journal: _Journal) -> None:
             # The index names the temporary file, so it must stay while the other appears.
             second = temporary_path(folder / name)
             _link_or_copy(folder / temporary, second, _ignore)
+            _sync(second)
             replace_file(second, folder / name)
         write_file(folder / INDEX_FILE, journal.index.encode())
     store = folder / RECORD_FOLDER
@@ -396,13 +414,20 @@ def _settle(folder: Path, journal: _Journal) -> None:
 
 def _tidy(folder: Path, record: Record) -> None:
     """Remove what the record does not speak of."""
-    sweep_files(folder)
+    for path in _unused_files(folder):
+        path.unlink()
     store = folder / RECORD_FOLDER
     if store.is_dir():
         known = {RECORD_FILE, *(undo_file(folder, patch_id).name for patch_id in record.ids())}
         for path in store.iterdir():
             if path.name not in known and (path.is_symlink() or path.is_file()):
                 path.unlink()
+
+
+def _unused_files(folder: Path) -> list[Path]:
+    """List the temporary files that no tensor lies in: who removed `.locft` by hand may have others."""
+    used = {entry.file.name for entry in read_checkpoint(folder).values()}
+    return [path for path in temporary_files(folder) if path.name not in used]
 
 
 def _write_undo(folder: Path, rewrite: Rewrite) -> None:
@@ -452,6 +477,22 @@ def _require_space(output: Path, folder: Path, needed: int) -> None:
         raise InputError(
             f"{output}: not enough disk space: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
         )
+
+
+@contextmanager
+def _unchanged(base: Base, files: Sequence[Path]) -> Iterator[None]:
+    """Refuse a base that is changed while the body copies files from it."""
+
+    def refuse_change(fault: OSError | None = None) -> None:
+        if _signatures(base.folder, files) != base.signatures:
+            raise InputError(f"{base.folder}: was changed while it was copied; try again") from fault
+
+    try:
+        yield
+    except OSError as error:
+        refuse_change(error)
+        raise
+    refuse_change()
 
 
 def _signatures(folder: Path, files: Iterable[Path]) -> tuple[tuple[int, int, int], ...]:

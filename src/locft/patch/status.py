@@ -1,15 +1,16 @@
 """Says which patches a checkpoint carries, and whether its matrices are what they should be."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from locft.checkpoint import read_checkpoint
-from locft.errors import ModelError, PatchError
+from locft.errors import PatchError
 from locft.patch.manifest import PatchLocation, PatchModel, to_manifest
-from locft.patch.record import require_undo, short
+from locft.patch.record import read_undo, short
 from locft.patch.rewrite import leftovers, read_record
-from locft.tensorfile import hash_entry, read_header
+from locft.tensorfile import TensorEntry, hash_entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def read_status(checkpoint: str | Path) -> CheckpointStatus:
     folder = Path(checkpoint)
     entries = read_checkpoint(folder)
     record = read_record(folder)
-    newest = {name: manifest for manifest in record.patches for name in manifest["tensors"]}
+    newest = record.newest()
     tensors = []
     for name, manifest in sorted(newest.items()):
         expected = manifest["tensors"][name]["new_sha256"]
@@ -117,7 +118,7 @@ def read_status(checkpoint: str | Path) -> CheckpointStatus:
         elif amiss:
             obstacle = f"tensor {amiss[0]!r} is {odd[amiss[0]]}"
         else:
-            obstacle = _missing_undo(folder, manifest["tensors"], patch_id)
+            obstacle = _missing_undo(folder, manifest, entries)
         patches.append(
             PatchStatus(
                 id=patch_id,
@@ -138,14 +139,11 @@ def read_status(checkpoint: str | Path) -> CheckpointStatus:
     )
 
 
-def _missing_undo(folder: Path, tensors: dict[str, dict[str, str]], patch_id: str) -> str | None:
+def _missing_undo(
+    folder: Path, manifest: Mapping[str, Any], entries: Mapping[str, TensorEntry]
+) -> str | None:
     try:
-        old = read_header(require_undo(folder, patch_id))
-        damaged = [
-            name
-            for name, fields in tensors.items()
-            if name not in old or hash_entry(old[name]) != fields["old_sha256"]
-        ]
-    except (ModelError, PatchError) as error:
+        read_undo(folder, manifest, entries)
+    except PatchError as error:
         return str(error)
-    return f"the old values of tensor {damaged[0]!r} are damaged" if damaged else None
+    return None

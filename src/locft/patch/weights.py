@@ -28,13 +28,16 @@ def make_patch(
 
     Returns:
         The patch; and for each tensor, in the order of their names, the Frobenius norm of its change
-        over that of its old values (0 where those are 0).
+        over that of its old values (0 where those are 0). Tensors that did not change are left out,
+        as are the experts of a mixture that no edit reached, unless none did.
     """
     changed: dict[str, PatchTensor] = {}
     changes: list[tuple[str, float]] = []
-    for name, new in weights.to_file(matrices).items():
-        entry = weights.entries[name]
-        old = read_tensor(entry)
+    stored = {name: read_tensor(weights.entries[name]) for name in weights.tensors}
+    tensors = weights.to_file(matrices)
+    kept = {name: new for name, new in tensors.items() if new.data != stored[name]} or tensors
+    for name, new in kept.items():
+        entry, old = weights.entries[name], stored[name]
         changed[name] = PatchTensor(
             dtype=new.dtype,
             shape=new.shape,

@@ -17,6 +17,8 @@ from locft.report.words import (
 
 NUM_EXAMPLES = 12
 
+_NUM_MATRICES = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
@@ -95,7 +97,12 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
         *(
             f"| `{matrix.tensor}` | {' x '.join(map(str, matrix.shape))} | {matrix.dtype} "
             f"| {100 * matrix.change:.1f}% |"
-            for matrix in report.location.matrices
+            for matrix in report.location.matrices[:_NUM_MATRICES]
+        ),
+        *(
+            [f"| {num_more:,} more, in report.json | | | |"]
+            if (num_more := len(report.location.matrices) - _NUM_MATRICES) > 0
+            else []
         ),
         "",
         "## How",

@@ -1,6 +1,10 @@
 """How figures are worded, the same in every report and on the terminal."""
 
+from collections.abc import Sequence
+
 from locft.types import Figure, Scores
+
+_NUM_NAMED = 4
 
 SCORE_NAMES = ("reliability", "generalization", "locality", "drift")
 MEANINGS = {
@@ -48,6 +52,12 @@ def verdict(scores: Scores, num_edits: int) -> str:
 def counted(num: int, noun: str, plural: str | None = None) -> str:
     """Word a count: ``1 edit``, ``1,000 edits``."""
     return f"{num:,} {noun if num == 1 else plural or noun + 's'}"
+
+
+def some(names: Sequence[str]) -> str:
+    """List names, the first ones if they are many: ``a, b, c and 9 more``."""
+    rest = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def bytes_text(num: int) -> str:

@@ -13,7 +13,6 @@ from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     ConversionOps,
-    Interleave,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -211,7 +210,9 @@ def test_a_mixture_is_found_whole_in_its_file(
     assert {name for name, _ in model.named_parameters()} != entries.keys()
     weights = map_parameters(model, entries, [name for name, _ in model.named_parameters()])
     assert weights.tensors == tuple(sorted(entries))
-    assert names_of(weights) == names_of(map_tensors(model, entries, entries))
+    others = map_tensors(model, entries, entries)
+    assert names_of(weights) == names_of(others)
+    assert len(weights.blocks) == len(others.blocks)
     assert not is_listed(weights)
     check_both_ways(model, entries, [name for name, _ in model.named_parameters() if ".1." in name])
 
@@ -239,10 +240,10 @@ def test_experts_are_found_by_any_one_of_them(save_model: Callable[..., Path]) -
 
 FUSED = {
     "rows": WeightConverter(
-        "mlp.fused.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(0)]
+        "mlp.fused.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], operations=[Chunk(0)]
     ),
     "columns": WeightConverter(
-        "mlp.fused.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(1)]
+        "mlp.fused.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], operations=[Chunk(1)]
     ),
 }
 
@@ -254,6 +255,7 @@ def test_a_tensor_that_several_parameters_share_is_changed_where_it_is_trained(
     stored = save_converted(tiny_model, tmp_path, [FUSED[fused]])
     weights = check_both_ways(tiny_model, stored, [UP])
     assert names_of(weights) == {UP: [f"{MLP}.fused.weight"], GATE: [f"{MLP}.fused.weight"]}
+    assert len(map_parameters(tiny_model, stored, [GATE, UP]).blocks) == 1
     assert is_listed(weights) == (fused == "columns")
     tiny_model.bfloat16()
     weights = map_parameters(tiny_model, stored, [UP])
@@ -263,29 +265,6 @@ def test_a_tensor_that_several_parameters_share_is_changed_where_it_is_trained(
     assert torch.equal(second, torch.full((64, 32), 0.5))
     # Not what bfloat16 made of them in memory.
     assert torch.equal(first, before.chunk(2, dim=0 if fused == "rows" else 1)[0])
-
-
-CONVERSIONS = {
-    "renamed": (WeightRenaming("mlp.last.", "mlp.down_proj."), False),
-    "transposed": (WeightConverter("mlp.last.weight", "mlp.down_proj.weight", [Transpose(0, 1)]), False),
-    "interleaved": (WeightConverter("mlp.last.weight", "mlp.down_proj.weight", [Interleave(0)]), True),
-    "cut": (
-        WeightConverter(["mlp.a.weight", "mlp.b.weight"], "mlp.down_proj.weight", [Concatenate(1)]),
-        False,
-    ),
-}
-
-
-@pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_elements_are_followed_through_any_conversion(
-    conversion: str, tiny_model: PreTrainedModel, tmp_path: Path
-) -> None:
-    converter, listed = CONVERSIONS[conversion]
-    entries = save_converted(tiny_model, tmp_path, [converter])
-    assert DOWN not in entries
-    weights = check_both_ways(tiny_model, entries, [DOWN])
-    assert names_of(weights) == names_of(map_tensors(tiny_model, entries, weights.tensors))
-    assert is_listed(weights) == listed
 
 
 class Changed(ConversionOps):
@@ -309,8 +288,49 @@ class Changed(ConversionOps):
         return self
 
 
+def interleaved(tensor: Tensor) -> Tensor:
+    return tensor.view(2, 16, 64).transpose(0, 1).reshape(32, 64)
+
+
 def fails(_: Tensor) -> Tensor:
     raise RuntimeError("not implemented\nat all")
+
+
+CONVERSIONS = {
+    "renamed": (WeightRenaming("mlp.last.", "mlp.down_proj."), False),
+    "transposed": (
+        WeightConverter("mlp.last.weight", "mlp.down_proj.weight", operations=[Transpose(0, 1)]),
+        False,
+    ),
+    "flipped": (
+        WeightConverter(
+            "mlp.last.weight", "mlp.down_proj.weight", operations=[Changed(lambda t: t.flip(0))]
+        ),
+        True,
+    ),
+    "interleaved": (
+        WeightConverter("mlp.last.weight", "mlp.down_proj.weight", operations=[Changed(interleaved)]),
+        True,
+    ),
+    "cut": (
+        WeightConverter(
+            ["mlp.a.weight", "mlp.b.weight"], "mlp.down_proj.weight", operations=[Concatenate(1)]
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_elements_are_followed_through_any_conversion(
+    conversion: str, tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    converter, listed = CONVERSIONS[conversion]
+    entries = save_converted(tiny_model, tmp_path, [converter])
+    assert DOWN not in entries
+    weights = check_both_ways(tiny_model, entries, [DOWN])
+    assert names_of(weights) == names_of(map_tensors(tiny_model, entries, weights.tensors))
+    assert is_listed(weights) == listed
 
 
 @pytest.mark.parametrize(
@@ -320,18 +340,65 @@ def fails(_: Tensor) -> Tensor:
         (lambda tensor: tensor * 2, "transformers computes the tensor"),
         (lambda tensor: tensor.exp(), "transformers computes the tensor"),
         (lambda tensor: tensor[:16], "differs from what is in memory"),  # the rest is nowhere
+        (lambda tensor: torch.cat([tensor[:16], tensor[:16]]), "differs from what is in memory"),
         (lambda tensor: torch.cat([tensor, tensor]), "it holds some elements twice"),
     ],
 )
 def test_a_conversion_that_does_not_just_move_elements_is_refused(
     change: Callable[[Tensor], Tensor], reason: str, tiny_model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    converter = WeightConverter("mlp.last.weight", "mlp.down_proj.weight", [Changed(change)])
+    tiny_model.get_parameter(DOWN)[16:] = 0  # what is not in the file must not pass for zero
+    converter = WeightConverter("mlp.last.weight", "mlp.down_proj.weight", operations=[Changed(change)])
     entries = save_converted(tiny_model, tmp_path, [converter])
     with pytest.raises(ModelError, match=rf"holds {DOWN}: .*{reason}"):
         map_parameters(tiny_model, entries, [DOWN])
     # What is not converted can be edited nevertheless.
     assert map_parameters(tiny_model, entries, [UP]).tensors == (UP,)
+
+
+class Paired(ConversionOps):
+    """A conversion that wants two parameters at once, and keeps them apart."""
+
+    supports_many_to_many = True
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **_: Any,
+    ) -> dict[str, Any]:
+        [first], [second] = (input_dict[pattern] for pattern in source_patterns)
+        return dict(zip(target_patterns, (first.T, second.T), strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def test_a_conversion_gets_all_parameters_that_it_wants(
+    tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    names = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    entries = save_converted(
+        tiny_model,
+        tmp_path,
+        [WeightConverter(["mlp.a.weight", "mlp.b.weight"], names, operations=[Paired()])],
+    )
+    weights = check_both_ways(tiny_model, entries, [UP])
+    assert names_of(weights) == {UP: [f"{MLP}.b.weight"]}
+
+
+def test_parameters_that_are_not_converted_need_no_positions(
+    model_folder: Path, save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("locft.model.matching.find_positions", unwanted)
+    for folder in (model_folder, save_model(tiny_mixture_config("granitemoe"))):
+        model, entries = load_model(str(folder)).model, read_checkpoint(folder)
+        assert map_tensors(model, entries, entries).tensors == tuple(sorted(entries))
 
 
 @pytest.mark.parametrize("cause", ["it fails", "it is not there"])
@@ -342,7 +409,7 @@ def test_without_a_way_back_only_plain_tensors_are_found(
     model: Any = load_model(str(folder)).model
     if cause == "it fails":
         model._weight_conversions.append(
-            WeightConverter("mlp.last.weight", "mlp.gate.weight", [Changed(fails)])
+            WeightConverter("mlp.last.weight", "mlp.gate.weight", operations=[Changed(fails)])
         )
     else:
         monkeypatch.delattr(core_model_loading, "revert_weight_conversion")

@@ -26,7 +26,7 @@ from locft.report.schema import (
     TrainingInfo,
     to_json,
 )
-from locft.report.words import SCORE_NAMES, bytes_text, figure_text, seconds_text, verdict
+from locft.report.words import SCORE_NAMES, bytes_text, figure_text, seconds_text, some, verdict
 from locft.types import Figure, Scores
 
 BY_DEFINITION = "by definition: the unedited model is compared with itself"
@@ -390,3 +390,21 @@ def test_reports_are_read_and_drawn_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['markdown', 'schema', 'words'] []\n"
+
+
+def test_a_long_list_of_names_is_cut_with_its_length() -> None:
+    assert some(["a"]) == "a"
+    assert some(["a", "b", "c", "d"]) == "a, b, c, d"
+    assert some([*"abcdefghijklm"]) == "a, b, c, d and 9 more"
+
+
+def test_many_matrices_are_cut_to_a_page() -> None:
+    matrices = tuple(
+        MatrixInfo(tensor=f"experts.{i}.w", shape=(2, 2), dtype="F32", change=0.1) for i in range(23)
+    )
+    report = make_report()
+    location = dataclasses.replace(report.location, matrices=matrices)
+    text = draw_markdown(dataclasses.replace(report, location=location), [])
+    assert "experts.19.w" in text
+    assert "experts.20.w" not in text
+    assert "3 more, in report.json" in text
