@@ -88,7 +88,7 @@ def tiny_mixture_config(family: str, **options: Any) -> PreTrainedConfig:
     }
     narrow = {**settings, "num_experts": 4, "moe_intermediate_size": 16}
     configs: dict[str, Callable[[], PreTrainedConfig]] = {
-        "mixtral": lambda: MixtralConfig(**settings, num_local_experts=4),
+        "mixtral": lambda: MixtralConfig(**{"num_local_experts": 4, **settings}),
         "qwen2_moe": lambda: Qwen2MoeConfig(**narrow, shared_expert_intermediate_size=24),
         "qwen3_moe": lambda: Qwen3MoeConfig(**{**narrow, "head_dim": 8}),
         "olmoe": lambda: OlmoeConfig(**settings, num_experts=4),

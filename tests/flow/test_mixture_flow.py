@@ -231,3 +231,22 @@ def test_experts_that_cannot_be_told_in_the_file_are_refused_before_training(
     assert list(tmp_path.iterdir()) == []
     _, patch = run_edit(folder, tmp_path / "run", config, "1.attn")
     assert all(".self_attn." in name for name in patch.tensors)
+
+
+def test_experts_that_no_edit_reaches_are_not_in_the_patch(
+    save_mixture: Callable[..., Path], config: locft.RunConfig, tmp_path: Path
+) -> None:
+    folder = save_mixture("mixtral", num_local_experts=32, num_experts_per_tok=1)
+    few = dataclasses.replace(config, location="1.mlp")
+    locft.edit(str(folder), EDITS[:1], tmp_path / "run", few)
+    patch = locft.read_patch(tmp_path / "run" / "patch")
+    stored = read_checkpoint(folder)
+    experts = {name for name in stored if ".layers.1." in name and ".experts." in name}
+    reached = patch.tensors.keys() & experts
+    assert 0 < len(reached) < len(experts)
+    assert all(tensor.old_sha256 != tensor.new_sha256 for tensor in patch.tensors.values())
+    model = load_plainly(folder)
+    values = patched_values(model, folder, patch)
+    locft.apply_patch(folder, patch, tmp_path / "edited")
+    edited = load_plainly(tmp_path / "edited")
+    assert all(torch.equal(value, edited.get_parameter(name)) for name, value in values.items())

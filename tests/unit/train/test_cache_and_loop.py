@@ -253,6 +253,14 @@ def left_as_found(model: PreTrainedModel) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_parameter_that_no_loss_depends_on_keeps_its_value(tiny_model: PreTrainedModel) -> None:
+    mlp = tiny_model.get_submodule("model.layers.1.mlp")
+    mlp.register_parameter("unused", torch.nn.Parameter(torch.arange(3.0), requires_grad=False))
+    trained = train(tiny_model, "1.mlp")
+    assert torch.equal(trained.matrices["model.layers.1.mlp.unused"], torch.arange(3.0))
+    assert losses(trained)[-1] < losses(trained)[0]
+
+
 def test_every_epoch_is_told_of_with_its_steps(tiny_model: PreTrainedModel) -> None:
     told: list[Epoch] = []
     trained = train_breadth_first(*prepare(tiny_model), schedule(epochs=3), told.append)
