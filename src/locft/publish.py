@@ -212,7 +212,7 @@ def refuse_taken(target: Path) -> None:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, shown: Path | None = None) -> Iterator[None]:
     """Keep every other writer away from a file or folder while the body runs.
 
     The lock is a file beside the target, and the system frees it when its process ends, however it
@@ -220,6 +220,7 @@ def locked(target: Path) -> Iterator[None]:
 
     Args:
         target: What will be written; its parent must exist.
+        shown: What messages name instead of it.
 
     Raises:
         InputError: Another process or thread is writing it (the message names the holder), or its
@@ -231,7 +232,7 @@ def locked(target: Path) -> Iterator[None]:
     if _held.get(lock) == threading.get_ident() or not _being_built.isdisjoint(target.parents):
         yield
         return
-    descriptor = _acquire(lock, target)
+    descriptor = _acquire(lock, shown or target)
     try:
         _held[lock] = threading.get_ident()
         yield
@@ -270,19 +271,19 @@ def temporary_files(folder: Path) -> list[Path]:
     ]
 
 
-def _acquire(lock: Path, target: Path) -> int:
+def _acquire(lock: Path, shown: Path) -> int:
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise InputError(f"{target}: cannot be written to: {error.strerror}") from error
+            raise InputError(f"{shown}: cannot be written to: {error.strerror}") from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip()
                 raise InputError(
-                    f"{target}: is being written by another locft ({holder or 'it just started'});"
+                    f"{shown}: is being written by another locft ({holder or 'it just started'});"
                     " wait for it, or stop it"
                 ) from None
             except OSError as error:

@@ -222,8 +222,9 @@ def _command(
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", metavar="DIR", help="folder to make; MODEL stays as it is")
-    parser.add_argument("--in-place", action="store_true", help="change MODEL itself, all at once")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("-o", "--output", metavar="DIR", help="folder to make; MODEL stays as it is")
+    place.add_argument("--in-place", action="store_true", help="change MODEL itself, all at once")
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:

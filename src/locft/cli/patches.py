@@ -11,7 +11,7 @@ from rich.text import Text
 from locft.cli.say import print_json, say
 from locft.cli.show import make_console, make_table, plain
 from locft.config import RunConfig
-from locft.errors import InputError, LocftError
+from locft.errors import LocftError
 from locft.model.resolve import resolve_checkpoint
 from locft.patch.apply import revert_patches, stack_patches
 from locft.patch.format import PATCH_FOLDER, Patch, manifest_record, open_patch
@@ -156,8 +156,6 @@ def _put_in(words: argparse.Namespace, names: list[str]) -> int:
 
 
 def _output(words: argparse.Namespace) -> Path | None:
-    if (words.output is None) != words.in_place:
-        raise InputError("say where the result goes: either -o DIR (a copy), or --in-place")
     return None if words.in_place else Path(words.output)
 
 

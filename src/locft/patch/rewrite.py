@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -155,7 +156,11 @@ def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
     files = base.files
     with staged_folder(output) as staging, _unchanged(base, files):
         written = _files_of(base.entries, rewrite.values)
-        linked = [file for file in files if file.suffix == ".safetensors" and file.name not in written]
+        linked = [
+            file
+            for file in files
+            if file.suffix == ".safetensors" and file.name not in written and _is_alike(file, staging)
+        ]
         copied = [file for file in files if file not in linked]
         if staging.stat().st_dev != source.stat().st_dev:
             copied += linked
@@ -170,7 +175,8 @@ def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
             store = staging / RECORD_FOLDER
             store.mkdir()
             for undo in kept:
-                _link_or_copy(undo, store / undo.name, _ignore)
+                put = _link_or_copy if _is_alike(undo, staging) else _copy
+                put(undo, store / undo.name, _ignore)
             _write_undo(staging, rewrite)
             (store / RECORD_FILE).write_bytes(dump_record(rewrite.record))
 
@@ -192,7 +198,7 @@ def opened_in_place(checkpoint: Path) -> Iterator[Path]:
         PatchError: Its record is damaged.
     """
     folder = checkpoint.resolve()
-    with locked(folder / RECORD_FOLDER):
+    with locked(folder / RECORD_FOLDER, shown=folder):
         recover(folder)
         try:
             yield folder
@@ -378,8 +384,6 @@ def _is_reached(folder: Path, journal: _Journal) -> bool:
 
 def _is_switched(folder: Path, journal: _Journal) -> bool:
     """Tell whether the index names the new shards by their temporary names."""
-    if journal.index is None:
-        return False
     return (folder / INDEX_FILE).read_bytes() == journal.switched_index().encode()
 
 
@@ -498,7 +502,12 @@ def _unchanged(base: Base, files: Sequence[Path]) -> Iterator[None]:
 def _signatures(folder: Path, files: Iterable[Path]) -> tuple[tuple[int, int, int], ...]:
     record = folder / RECORD_FOLDER / RECORD_FILE
     found = [file.stat() for file in (*files, record) if file.exists()]
-    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found)
+    return tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in found)
+
+
+def _is_alike(file: Path, folder: Path) -> bool:
+    """Tell whether a file has the mode of any new one, judged by a new folder's; a link shares it."""
+    return stat.S_IMODE(file.stat().st_mode) == folder.stat().st_mode & 0o666
 
 
 def _link_or_copy(source: Path, target: Path, step: Callable[[int], object]) -> None:

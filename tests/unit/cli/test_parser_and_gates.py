@@ -24,7 +24,10 @@ from locft.report.words import SCORE_NAMES
 from locft.tensorfile import TensorData, hash_tensor, write_safetensors
 from locft.types import Figure, Scores
 
-COMMANDS = ("edit", "ask", "eval", "lint", "apply", "convert")
+COMMANDS = (
+    *("edit", "ask", "eval", "lint", "convert", "export"),
+    *("apply", "stack", "revert", "status", "inspect", "diff"),
+)
 OTHER_VALUES: dict[str, Any] = {
     "location": "5.attn",
     "format": "chat",
@@ -348,7 +351,7 @@ def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         (["fly"], "'fly'"),
         (["edit"], "MODEL, -o/--output (see locft edit --help)"),
         (["edit", "m", "e"], "-o/--output"),
-        (["apply", "m", "p"], "-o/--output (see locft apply --help)"),
+        (["apply", "m", "p"], "-o/--output --in-place is required (see locft apply --help)"),
         (["ask", "m", "p", "--no-such-flag"], "--no-such-flag"),
     ],
 )
