@@ -22,7 +22,6 @@ import reprlib
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = 200  # so that the names of tensors and files stay whole
-_BRIEF.maxlevel = 2
 _MAX_BRIEF_CHARS = 300
 
 _NOT_ASCII_TEXT = re.compile("[^ -~]")

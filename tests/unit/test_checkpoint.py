@@ -142,8 +142,6 @@ def test_dtypes_narrower_than_a_byte_are_read(tmp_path: Path) -> None:
 @example(file_bytes(b"[" * 100_000))
 @example(file_bytes(b'{"a":' * 100_000))
 @example(file_bytes(b'{"a": ' + b"9" * 5000 + b"}"))
-@example(file_bytes({"a": entry(shape=[2] * 300_000)}, b"abcd"))
-@example(file_bytes({"a": entry(shape=[10**639] * 2_000 + [0], offsets=(0, 0))}))
 @example(file_bytes({"a": entry(shape=[10**600, 10**600])}, b"abcd"))
 @example(file_bytes({"a": entry(offsets=[10**600, 10**600 + 4])}, b"abcd"))
 @example(file_bytes(b'{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', b"abcd"))
@@ -220,7 +218,9 @@ def test_arbitrary_headers_raise_only_model_errors_and_cover_what_they_pass(
         (file_bytes({"a": entry(), "b": entry()}, b"abcd"), "overlaps"),
         (file_bytes(b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}"), "nested too deeply"),
         (file_bytes(b'{"a": ' + b"9" * 5000 + b"}"), "has over 640 digits: '9999"),
-        (file_bytes({"a": entry(shape=[7] * 300_000)}, b"abcd"), "do not fit F32"),
+        # The product of these takes minutes.
+        (file_bytes({"a": entry(shape=[10**600] * 15_000)}, b"abcd"), "do not fit F32"),
+        (file_bytes({"a": entry(shape=[10**600] * 15_000 + [0])}, b"abcd"), "do not fit F32"),
         (file_bytes({"a": entry(offsets=[10**600, 4])}, b"abcd"), "do not fit F32"),
         (file_bytes({"\x1b[2J" + "n" * 10**6: 1}), r"tensor '\\x1b\[2Jn"),
         (file_bytes({"a": entry("D" * 10**6)}, b"abcd"), "'dtype': expected one of"),
@@ -334,8 +334,8 @@ def test_own_header_is_told_from_any_other_that_says_the_same(written: dict[str,
         for other in (
             json.dumps(header).encode(),
             json.dumps(header | {"__metadata__": {"format": "np"}}).encode(),
+            json.dumps(header | {"__metadata__": {"format": "pt", "x": "y"}}).encode(),
             raw[8 : 8 + length] + b" " * 8,
-            raw[8 : 8 + length].replace(b'"pt"', b'"pt","more":"x"'),
         ):
             path.write_bytes(file_bytes(other, data))
             described = read_header(path)

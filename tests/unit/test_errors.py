@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locft.errors import brief, printable
@@ -9,6 +9,7 @@ from locft.errors import brief, printable
 any_text = st.text(st.characters())
 
 
+@settings(deadline=None)
 @given(any_text)
 def test_a_printable_text_is_one_line_without_controls_and_half_characters(text: str) -> None:
     shown = printable(text)
@@ -19,6 +20,7 @@ def test_a_printable_text_is_one_line_without_controls_and_half_characters(text:
         assert shown == text
 
 
+@settings(deadline=None)
 @given(any_text, st.booleans())
 def test_escapes_leave_json_what_it_says(text: str, escape: bool) -> None:
     raw = json.dumps({text: [text]}, ensure_ascii=escape)

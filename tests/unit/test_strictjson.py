@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locft.strictjson import MAX_DEPTH, StrictJsonError, load_json, parse_json
@@ -16,6 +16,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(json_values, st.booleans(), st.sampled_from([None, 0, 3]))
 def test_what_json_can_say_is_read_as_the_json_module_reads_it(
     value: object, escape: bool, indent: int | None
@@ -23,6 +24,7 @@ def test_what_json_can_say_is_read_as_the_json_module_reads_it(
     assert load_json(json.dumps(value, ensure_ascii=escape, indent=indent)) == value
 
 
+@settings(deadline=None)
 @given(st.text('[]{}",:\\\n ab1.-') | st.text())
 def test_what_is_no_json_is_refused_by_value_errors_alone(text: str) -> None:
     try:
@@ -37,6 +39,7 @@ def depth_of(value: object) -> int:
     return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
 
 
+@settings(deadline=None)
 @given(json_values, st.booleans())
 def test_the_bound_holds_for_the_depth_of_values_whatever_their_texts_hold(
     value: object, escape: bool

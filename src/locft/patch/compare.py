@@ -160,7 +160,7 @@ def _blocks(entry: TensorEntry) -> Iterator[bytes]:
             left = entry.end - entry.start
             while left:
                 block = file.read(min(_BLOCK_BYTES, left))
-                if not block:
+                if len(block) < min(_BLOCK_BYTES, left):
                     raise ModelError(
                         f"{entry.file}: is truncated: its header promises {entry.end} bytes"
                     )

@@ -226,9 +226,9 @@ def test_links_are_followed_and_the_copy_has_none(tmp_path: Path, checkpoint: Pa
     assert weights(checkpoint) == WEIGHTS
     (tmp_path / "plain").touch()
     mode = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    for file in unrecorded(tmp_path / "out"):
-        assert not (tmp_path / "out" / file).is_symlink()
-        assert stat.S_IMODE((tmp_path / "out" / file).stat().st_mode) == mode
+    for name in unrecorded(tmp_path / "out"):
+        assert not (tmp_path / "out" / name).is_symlink()
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == mode
 
 
 def test_checkpoint_given_by_a_link_or_a_relative_path_works(

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from locft.checkpoint import read_checkpoint
-from locft.errors import PatchError
+from locft.errors import ModelError, PatchError
 from locft.model.resolve import CheckpointFolder
 from locft.model.weights import swapped_in, to_data, to_tensor
 from locft.patch.format import Patch, PatchTensor
@@ -507,6 +507,11 @@ def test_a_layer_whose_name_another_one_ends_with_is_refused(tiny_model: PreTrai
     tiny_model.add_module("draft", nn.ModuleDict({"model": copy.deepcopy(tiny_model.base_model)}))
     said = refused(tiny_model, "model.layers.1.mlp.down_proj.weight")
     assert "PEFT would put the change into draft.model.layers.1.mlp.down_proj, too" in said
+    del tiny_model.draft
+    # PEFT compares whole parts of names.
+    tiny_model.add_module("submodel", copy.deepcopy(tiny_model.base_model))
+    with pytest.raises(ModelError, match="no such folder"):
+        refused(tiny_model, "model.layers.1.mlp.down_proj.weight")
 
 
 def test_the_change_is_that_of_the_unrounded_file(

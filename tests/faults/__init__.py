@@ -1,0 +1,1 @@
+"""Proof by injected faults that what locft writes is the old state or the new one."""
