@@ -136,6 +136,18 @@ def pack(tensors: Mapping[str, TensorData]) -> bytes:
     return len(text).to_bytes(8, "little") + text + b"".join(blobs)
 
 
+def unpack(raw: bytes) -> Tensors:
+    """Read the tensors of a safetensors file."""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    found = {}
+    for tensor, fields in header.items():
+        first, last = (start + offset for offset in fields["data_offsets"])
+        found[tensor] = TensorData(fields["dtype"], tuple(fields["shape"]), raw[first:last])
+    return found
+
+
 def read_weights(folder: Path) -> Tensors:
     """Read what a loader would find in a checkpoint folder."""
     names = ["model.safetensors"]
@@ -143,13 +155,7 @@ def read_weights(folder: Path) -> Tensors:
         names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
     found: Tensors = {}
     for name in names:
-        raw = (folder / name).read_bytes()
-        start = 8 + int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8:start])
-        header.pop("__metadata__")
-        for tensor, fields in header.items():
-            first, last = (start + offset for offset in fields["data_offsets"])
-            found[tensor] = TensorData(fields["dtype"], tuple(fields["shape"]), raw[first:last])
+        found |= unpack((folder / name).read_bytes())
     return found
 
 

@@ -78,8 +78,6 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tenso
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = parse_json(read_limited(index, _MAX_INDEX_BYTES)).get("weight_map")
-    except OSError as error:
-        raise ModelError(f"{index}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ModelError(f"{index}: is damaged: {error}") from error
     if not isinstance(weight_map, dict):

@@ -13,8 +13,10 @@ import secrets
 import shlex
 import shutil
 import socket
+import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -193,26 +195,33 @@ def refuse_taken(target: Path) -> None:
     """Refuse a folder that something stands in already, or that cannot be created.
 
     Raises:
-        InputError: `target` is a link, exists and is no empty folder, or its parent cannot be
-            written to.
+        InputError: `target` is a link, a mount point or the working directory, exists and is no
+            empty folder, or its parent cannot be written to.
     """
-    if target.is_symlink():
-        raise InputError(f"{target}: is a link; name the folder itself")
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise InputError(
-                f"{target}: exists and is not empty; name another folder, or remove this one"
-            )
-    elif target.exists():
-        raise InputError(f"{target}: exists and is not a folder; name another one")
-    else:
+    try:
+        mode = target.lstat().st_mode  # once, as another writer may be about to put it there
+    except (FileNotFoundError, NotADirectoryError):
         parent = next(folder for folder in target.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise InputError(f"{target}: the folder cannot be created: {parent} cannot be written to")
+            raise InputError(
+                f"{target}: the folder cannot be created: {parent} cannot be written to"
+            ) from None
+        return
+    if stat.S_ISLNK(mode):
+        raise InputError(f"{target}: is a link; name the folder itself")
+    if not stat.S_ISDIR(mode):
+        raise InputError(f"{target}: exists and is not a folder; name another one")
+    # A finished folder takes the place of an empty one, which these two cannot give up.
+    if target.resolve().is_mount():
+        raise InputError(f"{target}: is a mount point; name a folder in it")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise InputError(f"{target}: is the working directory, or holds it; name a folder in it")
+    if any(target.iterdir()):
+        raise InputError(f"{target}: exists and is not empty; name another folder, or remove this one")
 
 
 @contextmanager
-def locked(target: Path, shown: Path | None = None) -> Iterator[None]:
+def locked(target: Path, shown: Path | None = None) -> Iterator[bool]:
     """Keep every other writer away from a file or folder while the body runs.
 
     The lock is a file beside the target, and the system frees it when its process ends, however it
@@ -222,6 +231,9 @@ def locked(target: Path, shown: Path | None = None) -> Iterator[None]:
         target: What will be written; its parent must exist.
         shown: What messages name instead of it.
 
+    Yields:
+        Whether nobody else can be writing it; False where the file system has no locks.
+
     Raises:
         InputError: Another process or thread is writing it (the message names the holder), or its
             parent cannot be written to.
@@ -230,12 +242,15 @@ def locked(target: Path, shown: Path | None = None) -> Iterator[None]:
     lock = target.with_name(_LOCK + target.name)
     # Nobody else writes within a folder that this process is building, and no lock shall stay in it.
     if _held.get(lock) == threading.get_ident() or not _being_built.isdisjoint(target.parents):
-        yield
+        yield True
         return
     descriptor = _acquire(lock, shown or target)
+    if descriptor is None:
+        yield False
+        return
     try:
         _held[lock] = threading.get_ident()
-        yield
+        yield True
     finally:
         _held.pop(lock, None)
         # Removed before it is freed: the next writer makes a new one.
@@ -255,8 +270,8 @@ def _sweep_folders(parent: Path) -> None:
             names.add(path.name.removeprefix(_LOCK))
     for name in names:
         # A lock that is held belongs to a live writer.
-        with suppress(InputError), locked(parent / name):
-            for path in parent.iterdir():
+        with suppress(InputError), locked(parent / name) as is_alone:
+            for path in parent.iterdir() if is_alone else ():
                 found = _TEMPORARY.fullmatch(path.name)
                 if found and found[1] == name and path.is_dir() and path not in _being_built:
                     shutil.rmtree(path, ignore_errors=True)
@@ -271,7 +286,8 @@ def temporary_files(folder: Path) -> list[Path]:
     ]
 
 
-def _acquire(lock: Path, shown: Path) -> int:
+def _acquire(lock: Path, shown: Path) -> int | None:
+    """Take a lock; None where the file system has no locks."""
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -281,23 +297,39 @@ def _acquire(lock: Path, shown: Path) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip()
                 raise InputError(
-                    f"{shown}: is being written by another locft ({holder or 'it just started'});"
+                    f"{shown}: is being written by another locft ({_holder(descriptor)});"
                     " wait for it, or stop it"
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
+                lock.unlink(missing_ok=True)
+                os.close(descriptor)
+                return None
             # Whoever held the lock may have removed the file meanwhile; then it guards nothing.
             if _is_open_as(lock, descriptor):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, _describe_process().encode(errors="replace"), 0)
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, _describe_process().encode(errors="replace"), 0)
+                except BaseException:
+                    with suppress(OSError):
+                        lock.unlink()
+                    raise
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """Read who holds a lock; it says so right after it took it."""
+    for _ in range(20):
+        if holder := os.pread(descriptor, 400, 0).decode(errors="replace").strip():
+            return holder
+        time.sleep(0.01)
+    return "it just started"
 
 
 def _is_open_as(path: Path, descriptor: int) -> bool:
@@ -331,6 +363,11 @@ def _sync_tree(folder: Path) -> None:
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's data to the disk."""
+    _sync(path)
 
 
 def _sync(path: Path, flags: int = 0) -> None:

@@ -239,7 +239,8 @@ def _hold(connection: socket.socket, how: str, target: str) -> None:
 
 def _wait(connection: socket.socket) -> None:
     _tell(connection, ready=True)
-    while not Path("release").exists():
+    end = time.monotonic() + 60  # whoever asked may be dead
+    while not Path("release").exists() and time.monotonic() < end:
         time.sleep(0.002)
 
 

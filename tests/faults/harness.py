@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -96,6 +96,7 @@ class Ending:
         signal: What it was killed by, if not 0.
         wall_s: How long it took.
         calls: Its system calls, if they were traced.
+        is_faulty: Whether the fault that was to be injected took place.
     """
 
     pid: int
@@ -104,6 +105,7 @@ class Ending:
     signal: int
     wall_s: float
     calls: tuple[Call, ...] = ()
+    is_faulty: bool = False
 
     @property
     def writes(self) -> list[Call]:
@@ -184,10 +186,17 @@ class Driver:
             injected, call = fault
             command += ["-e", f"trace={call.name}", "-e", f"inject={injected.at(call)}"]
         pid = self.start(folder, words, is_stopped=True, **options)
-        with _attached(command, pid):
-            os.kill(pid, signal.SIGCONT)
-            ending = self.finish(pid)
-        return Ending(**{**vars(ending), "calls": tuple(_parse(log.read_text(errors="replace")))})
+        try:
+            with _attached(command, pid):
+                os.kill(pid, signal.SIGCONT)
+                ending = self.finish(pid)
+        except RuntimeError:
+            os.kill(pid, signal.SIGKILL)
+            self.finish(pid)
+            raise
+        told = log.read_text(errors="replace")
+        is_faulty = "(INJECTED)" in told or "+++ killed by SIGKILL +++" in told
+        return replace(ending, calls=tuple(_parse(told)), is_faulty=is_faulty)
 
 
 @contextmanager
@@ -197,7 +206,6 @@ def _attached(command: Sequence[str], pid: int) -> Iterator[None]:
         assert strace.stderr is not None
         line = strace.stderr.readline()
         if "attached" not in line:
-            os.kill(pid, signal.SIGKILL)
             raise RuntimeError(line.strip() or "strace said nothing")
         try:
             yield
@@ -215,12 +223,6 @@ def _parse(log: str) -> Iterator[Call]:
             name, arguments, result, _ = found.groups()
             numbers[name] += 1
             yield Call(name, arguments, None if result == "?" else int(result), numbers[name])
-
-
-def was_injected(log_folder: Path) -> bool:
-    """Tell whether the fault of the last `Driver.trace` in a folder took place."""
-    text = log_folder.with_name(f"{log_folder.name}.strace").read_text(errors="replace")
-    return "(INJECTED)" in text or "+++ killed by SIGKILL +++" in text
 
 
 def why_no_strace(driver: Driver, folder: Path) -> str | None:

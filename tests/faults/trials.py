@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-from faults.harness import Call, Driver, Drivers, Ending, Fault, was_injected
+from faults.harness import Call, Driver, Drivers, Ending, Fault
 from faults.worlds import (
     Operation,
     Tree,
@@ -117,9 +117,11 @@ class Bench:
         def run(driver: Driver) -> None:
             with self.opened() as world, telling(f"{fault} at {call}"):
                 ending = driver.trace(world, self.operation.words, (fault, call))
-                assert was_injected(world), f"the fault did not take place: {ending}"
+                assert ending.is_faulty, f"the fault did not take place: {ending}"
                 state = self.judge(world)
                 _check_ending(fault, call, ending, state)
+                if ending.status and state == "old" and not fault.lasts:
+                    _compare(read_tree(world), self.before)  # it cleans up, too, as it is alive
                 self.follow(driver, world, state)
 
         return run
@@ -173,7 +175,7 @@ class Bench:
             with self.opened(crash.world) as world, telling(what):
                 before = self.judge(world)
                 ending = driver.trace(world, words, (fault, call))
-                assert was_injected(world), f"the fault did not take place: {ending}"
+                assert ending.is_faulty, f"the fault did not take place: {ending}"
                 state = self.judge(world)
                 assert state == before, f"recovery turned {before} into {state}"
                 if ending.status != 0:
@@ -236,7 +238,8 @@ class Bench:
 
     def _follow(self, driver: Driver, world: Path, state: str) -> None:
         operation = self.operation
-        _succeed(driver, world, operation.words if state == "old" else operation.again)
+        words = operation.words if state == "old" else operation.again
+        _succeed(driver, world, words)
         tree = read_tree(world)
         expected = self.done if state == "old" else self.done_again
         if state == "trained":  # the scores may be missing, all or some
@@ -244,7 +247,8 @@ class Bench:
             expected = {
                 name: raw for name, raw in expected.items() if name not in scores or name in tree
             }
-        _compare(tree, expected)
+        with telling("after the next run"):
+            _compare(tree, expected)
 
 
 _SCORES = ("answers.jsonl", "report.md", "report.json")
@@ -286,7 +290,7 @@ def _check_ending(fault: Fault, call: Call, ending: Ending, state: str) -> None:
 
 def _compare(tree: Tree, expected: Tree) -> None:
     more, less = tree.keys() - expected.keys(), expected.keys() - tree.keys()
-    assert not more, f"the next run left {sorted(more)}"
-    assert not less, f"the next run lost {sorted(less)}"
+    assert not more, f"{sorted(more)} were left"
+    assert not less, f"{sorted(less)} were lost"
     changed = [name for name, raw in tree.items() if raw != expected[name]]
-    assert not changed, f"after the next run, {changed} are not what they should be"
+    assert not changed, f"{changed} are not what they should be"

@@ -305,7 +305,7 @@ def test_apply_makes_a_model_that_answers_with_the_edits(
     assert main(["apply", str(model_folder), run, "-o", edited]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    revert = f"`locft revert {edited}` takes them out"
+    revert = f"to go back: locft revert {edited} --in-place"
     assert captured.err == f"locft: wrote {edited}: {model_folder} with 2 edits in it ({revert})\n"
     assert main(["ask", edited, "What sport does she play?", "--json"]) == 0
     [answer] = json.loads(capsys.readouterr().out)["answers"]

@@ -452,10 +452,48 @@ def test_a_target_that_is_the_folder_itself_by_another_name_is_resolved(
     monkeypatch.chdir(tmp_path / "a")
     enter(locked, Path())
     enter(locked, Path(".."))
-    with staged_folder(Path()) as staging:
+    (tmp_path / "a" / "b").mkdir()
+    with staged_folder(Path("../a/b/..") / "c") as staging:
         (staging / "file").touch()
-        assert staging.parent == tmp_path
-    assert names_in(tmp_path / "a") == ["file"]
+    assert names_in(tmp_path / "a") == ["b", "c"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../{parent}"])
+def test_the_working_directory_and_what_holds_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    target = Path(name.format(parent=tmp_path.name))
+    if not name:
+        with pytest.raises(InputError, match="is the working directory"), staged_folder(target):
+            pytest.fail("the body ran")
+    else:
+        with pytest.raises(InputError), staged_folder(target):
+            pytest.fail("the body ran")
+    assert names_in(tmp_path) == ["a"]
+
+
+def test_a_mount_point_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == (tmp_path / "out").resolve())
+    with pytest.raises(InputError, match="is a mount point"), staged_folder(tmp_path / "out"):
+        pytest.fail("the body ran")
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_without_locks_nobody_sweeps_what_another_writer_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    theirs = tmp_path / ".locft-0123abcd-theirs"
+    theirs.mkdir()
+    with staged_folder(tmp_path / "out"):
+        pass
+    assert names_in(tmp_path) == [".locft-0123abcd-theirs", "out"]
 
 
 # Files

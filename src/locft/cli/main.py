@@ -36,10 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     run: Callable[[argparse.Namespace], int] = _COMMANDS[words.command]
     try:
-        return run(words)
+        status = run(words)
+        sys.stdout.flush()
+        return status
     except InputError as error:
         say(f"error: {error}")
         return error.exit_status
+    except BrokenPipeError:
+        # Whoever read the result has seen enough. Nor shall Python complain of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return LocftError.exit_status
     except (LocftError, OSError) as error:
         say(f"error: {error}; {_what_is_kept(words)}")
         return LocftError.exit_status
@@ -259,6 +265,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _what_is_kept(words: argparse.Namespace) -> str:
     if getattr(words, "in_place", False):
         return f"`locft status {words.model}` says what the folder holds now"
+    output = getattr(words, "output", None)
+    # It appears when it is whole, so only telling of it went wrong.
+    whole = "report.json" if words.command == "edit" else "*"
+    if output is not None and any(Path(output).glob(whole)):
+        return f"{output} was written, and is whole"
     if words.command != "edit":
         return "nothing was kept"
     patch = Path(words.output) / "patch"

@@ -1,6 +1,7 @@
 """The commands on patches and checkpoint folders. They load neither torch nor transformers."""
 
 import argparse
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from rich.text import Text
 from locft.cli.say import print_json, say
 from locft.cli.show import make_console, make_table, plain
 from locft.config import RunConfig
-from locft.errors import LocftError
+from locft.errors import LocftError, ModelError
+from locft.model.demo import DEMO_NAME
 from locft.model.resolve import resolve_checkpoint
 from locft.patch.apply import revert_patches, stack_patches
 from locft.patch.format import PATCH_FOLDER, Patch, manifest_record, open_patch
@@ -34,7 +36,7 @@ def run_stack(words: argparse.Namespace) -> int:
 def run_revert(words: argparse.Namespace) -> int:
     """Take patches out of a checkpoint."""
     output = _output(words)
-    folder = resolve_checkpoint(words.model).folder
+    folder = _local_folder(words.model)
     if words.all:
         wanted = []
     elif words.patch is not None:
@@ -57,7 +59,7 @@ def run_revert(words: argparse.Namespace) -> int:
 
 def run_status(words: argparse.Namespace) -> int:
     """Say what a checkpoint carries; exit with 1 if a matrix is not what its patch made of it."""
-    status = read_status(resolve_checkpoint(words.model).folder)
+    status = read_status(_local_folder(words.model))
     if words.json:
         print_json(asdict(status))
     else:
@@ -103,7 +105,7 @@ def run_diff(words: argparse.Namespace) -> int:
     """Compare two checkpoints."""
     from locft.patch.compare import compare_checkpoints  # numpy takes a while to load
 
-    first, second = (resolve_checkpoint(name).folder for name in (words.first, words.second))
+    first, second = (_local_folder(name) for name in (words.first, words.second))
     comparison = compare_checkpoints(first, second)
     if words.json:
         print_json(asdict(comparison))
@@ -139,20 +141,39 @@ def _put_in(words: argparse.Namespace, names: list[str]) -> int:
     output = _output(words)  # before a model is fetched
     patches = [open_patch(Path(name)) for name in names]
     config = RunConfig(revision=getattr(words, "setting_revision", None))
-    folder = resolve_checkpoint(words.model, revision=config.revision).folder
+    if words.in_place:
+        folder = _local_folder(words.model)
+    else:
+        folder = resolve_checkpoint(words.model, revision=config.revision).folder
     order = stack_patches(folder, patches, output)
     num_edits = sum(patch.manifest.num_edits for patch in patches)
     where = words.model if words.in_place else words.output
-    said = f"changed {where}: it has" if words.in_place else f"wrote {where}: {words.model} with"
+    said = f"changed {where}: put" if words.in_place else f"wrote {where}: {words.model} with"
     what = counted(num_edits, "edit")
     if len(order) > 1:
         what += f" of {counted(len(order), 'patch', 'patches')}"
     _tell(
         words,
         {"checkpoint": str(where), "patches": order},
-        f"{said} {what} in it (`locft revert {where}` takes {'it' if num_edits == 1 else 'them'} out)",
+        f"{said} {what} in it (to go back: {_way_back(output or folder, str(where), order)})",
     )
     return 0
+
+
+def _way_back(folder: Path, where: str, order: tuple[str, ...]) -> str:
+    """Name the command that takes patches out again, if a single one can."""
+    carried = read_record(folder).ids()
+    which = "" if len(order) == 1 else " --all" if carried == order else None
+    if which is None:
+        return f"`locft status {shlex.quote(where)}` lists its patches, `locft revert` takes them out"
+    return f"locft revert {shlex.quote(where)}{which} --in-place"
+
+
+def _local_folder(name: str) -> Path:
+    """Find a model that is here already; to fetch one only to look at it would surprise."""
+    if name != DEMO_NAME and not Path(name).expanduser().is_dir():
+        raise ModelError(f"there is no folder {name!r}: expected a model folder")
+    return resolve_checkpoint(name).folder
 
 
 def _output(words: argparse.Namespace) -> Path | None:
@@ -173,7 +194,9 @@ def _show_status(console: Console, name: str, status: CheckpointStatus) -> None:
         )
         for patch in status.patches:
             row = (short(patch.id), patch.location.name, f"{patch.num_edits:,}", patch.model.id)
-            table.add_row(*map(plain, (*row, patch.obstacle or "yes")))
+            table.add_row(
+                *map(plain, row), plain(f"no: {patch.obstacle}" if patch.obstacle else "yes", 400)
+            )
         console.print(table)
         table = make_table("patched tensors", "tensor", "patch", "expected", "found", "")
         for tensor in status.tensors:
@@ -188,6 +211,11 @@ def _show_status(console: Console, name: str, status: CheckpointStatus) -> None:
             else ("something else changed what the patches had made")
         )
         console.print(Text(verdict, style="bold"))
+        num_stuck = sum(patch.obstacle is not None for patch in status.patches)
+        if status.is_intact and num_stuck:
+            console.print(
+                Text(f"{counted(num_stuck, 'patch', 'patches')} cannot be reverted as it stands")
+            )
     if status.leftovers:
         num = counted(len(status.leftovers), "file")
         console.print(

@@ -17,7 +17,15 @@ from locft.patch.record import (
     read_undo,
     short,
 )
-from locft.patch.rewrite import Base, Rewrite, opened_in_place, read_base, write_copy, write_in_place
+from locft.patch.rewrite import (
+    Base,
+    Rewrite,
+    opened_in_place,
+    read_base,
+    read_steadily,
+    write_copy,
+    write_in_place,
+)
 from locft.tensorfile import TensorData, TensorEntry, hash_tensor, read_tensor
 
 
@@ -131,12 +139,15 @@ def _carry_out(
 ) -> tuple[str, ...]:
     """Carry out a plan in a copy of a checkpoint, or in place; return what the plan says of itself."""
     if output is not None:
-        base = _settled_base(checkpoint)
-        rewrite, order = plan(base)
+
+        def prepare() -> tuple[Base, Rewrite, tuple[str, ...]]:
+            base = _settled_base(checkpoint)
+            return base, *plan(base)
+
+        base, rewrite, order = read_steadily(checkpoint, prepare)
         write_copy(base, Path(output), rewrite)
         return order
     refuse_in_place(checkpoint)
-    plan(read_base(checkpoint))  # what is refused leaves no trace, not even for a moment
     with opened_in_place(checkpoint) as folder:
         base = read_base(folder)
         rewrite, order = plan(base)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from locft.checkpoint import read_checkpoint
 from locft.errors import ModelError
-from locft.patch.rewrite import list_files
+from locft.patch.rewrite import list_files, read_steadily
 from locft.progress import Step, progress
 from locft.tensorfile import TensorEntry
 
@@ -79,9 +79,14 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
         The tensors and files that differ.
 
     Raises:
+        InputError: A checkpoint is being changed.
         ModelError: A checkpoint is damaged, or has no safetensors weights.
     """
     folders = Path(first), Path(second)
+    return read_steadily(folders[0], lambda: read_steadily(folders[1], lambda: _compare_all(folders)))
+
+
+def _compare_all(folders: tuple[Path, Path]) -> Comparison:
     sides = read_checkpoint(folders[0]), read_checkpoint(folders[1])
     common = sides[0].keys() & sides[1].keys()
     found = []
@@ -93,8 +98,8 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
             if difference is not None:
                 found.append(difference)
     return Comparison(
-        first=str(first),
-        second=str(second),
+        first=str(folders[0]),
+        second=str(folders[1]),
         num_tensors=len(common),
         tensors=tuple(found),
         files=tuple(_other_files(folders, sides)),

@@ -5,6 +5,7 @@ the oldest to the newest, and for each of them the old values of its matrices. `
 only while matrices are replaced in place; `locft.patch.rewrite` tells why.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class Record:
 def undo_file(folder: Path, patch_id: str) -> Path:
     """Return the file with the old values of a patch's matrices; the same patch has the same ones."""
     return folder / RECORD_FOLDER / f"{patch_id}.safetensors"
+
+
+def is_undo_name(name: str) -> bool:
+    """Tell whether a file in the record's folder is one of old values, by its name."""
+    return re.fullmatch(r"[0-9a-f]{64}\.safetensors", name) is not None
 
 
 def require_undo(folder: Path, patch_id: str) -> Path:
@@ -137,8 +143,9 @@ def read_recorded(folder: Path) -> Record:
     refuse_links(path)
     try:
         raw = read_limited(path, MAX_RECORD_BYTES)
-        record = check_record(str(path), parse_json(raw))
-        if raw != dump_record(record):
+        fields = parse_json(raw)
+        record = check_record(str(path), fields)
+        if raw != dump_manifest(fields):
             raise ValueError("it was changed by hand")
         return record
     except FileNotFoundError:

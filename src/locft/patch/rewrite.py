@@ -18,10 +18,12 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from locft.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_checkpoint
 from locft.errors import InputError, LocftError, ModelError, PatchError, brief
@@ -35,6 +37,7 @@ from locft.patch.record import (
     Record,
     check_record,
     dump_record,
+    is_undo_name,
     read_recorded,
     refuse_links,
     require_undo,
@@ -48,6 +51,7 @@ from locft.publish import (
     locked,
     replace_file,
     staged_folder,
+    sync_file,
     sync_folder,
     temporary_files,
     temporary_path,
@@ -80,6 +84,12 @@ _SKIPPED_SUFFIXES = (
 _ADAPTER_CONFIG = "adapter_config.json"
 
 _BLOCK_BYTES = 16 * 2**20
+
+# How often, and after how long, a folder that was changed while it was read is read again.
+_MAX_ATTEMPTS = 50
+_PAUSE_S = 0.1
+
+_Result = TypeVar("_Result")
 
 _MAX_JOURNAL_BYTES = 10 * MAX_RECORD_BYTES  # it holds a record and, escaped, an index
 
@@ -127,7 +137,7 @@ def read_base(folder: Path) -> Base:
     """Read what a checkpoint folder holds, for `write_copy` or `write_in_place`.
 
     Raises:
-        ModelError: The checkpoint is damaged, has no safetensors weights, or is quantised.
+        ModelError: The checkpoint is damaged, or has no safetensors weights.
         PatchError: Its record is damaged.
     """
     entries = read_checkpoint(folder)
@@ -147,6 +157,7 @@ def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
     Raises:
         InputError: `output` is taken, lies within the checkpoint or does not fit on its disk, or
             the checkpoint was changed meanwhile.
+        ModelError: The disk did not keep what was written.
         PatchError: Old values that a record speaks of are missing.
     """
     source, target = base.folder.resolve(), output.resolve()
@@ -195,6 +206,7 @@ def opened_in_place(checkpoint: Path) -> Iterator[Path]:
 
     Raises:
         InputError: Another process is writing it, or it cannot be written to.
+        ModelError: The checkpoint is damaged.
         PatchError: Its record is damaged.
     """
     folder = checkpoint.resolve()
@@ -216,6 +228,7 @@ def write_in_place(base: Base, rewrite: Rewrite) -> None:
 
     Raises:
         InputError: There is no room on the disk.
+        ModelError: The disk did not keep what was written.
     """
     folder = base.folder
     written = _files_of(base.entries, rewrite.values)
@@ -257,20 +270,23 @@ def recover(folder: Path) -> None:
     """Finish or forget what an interrupted writer left in a checkpoint folder; the caller locks it.
 
     Raises:
+        ModelError: The checkpoint is damaged.
         PatchError: The folder's record is damaged, or so are the tensors that were being replaced.
     """
     journal = _read_journal(folder)
     if journal is not None and _is_reached(folder, journal):
         _settle(folder, journal)
         return
+    record = read_recorded(folder)  # what is damaged stays as it is
     (folder / RECORD_FOLDER / NEXT_FILE).unlink(missing_ok=True)
-    _tidy(folder, read_recorded(folder))
+    _tidy(folder, record)
 
 
 def read_record(folder: Path) -> Record:
     """Read which patches a checkpoint carries, without changing anything.
 
     Raises:
+        ModelError: The checkpoint is damaged.
         PatchError: Its record is damaged; or an interrupted writer was replacing tensors, and they are
             damaged.
     """
@@ -280,13 +296,66 @@ def read_record(folder: Path) -> Record:
     return read_recorded(folder)
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """List what an interrupted writer left in a checkpoint folder, for the next one to remove."""
+def read_steadily(folder: Path, read: Callable[[], _Result]) -> _Result:
+    """Read from a checkpoint folder that somebody may be changing in place: again, if it was changed.
+
+    Args:
+        folder: The folder.
+        read: Reads what it holds.
+
+    Returns:
+        What `read` returns.
+
+    Raises:
+        InputError: The folder does not come to rest.
+    """
+    for _ in range(_MAX_ATTEMPTS):
+        before = _names(folder)
+        fault: LocftError | OSError | None = None
+        try:
+            result = read()
+        except (LocftError, OSError) as error:
+            fault = error
+        if _names(folder) != before:
+            time.sleep(_PAUSE_S)
+            continue
+        if fault is not None:
+            raise fault
+        return result
+    raise InputError(f"{folder}: is being changed by another process; try again when it is done")
+
+
+def _names(folder: Path) -> tuple[tuple[str, int], ...]:
+    """List a folder's names, and those of its record, with what they stand for."""
+    found = []
+    for place in (folder, folder / RECORD_FOLDER):
+        with suppress(OSError):
+            found += [(entry.name, entry.inode()) for entry in os.scandir(place)]
+    return tuple(sorted(found))
+
+
+def leftovers(folder: Path, record: Record) -> list[Path]:
+    """List what an interrupted writer left in a checkpoint folder, for the next one to remove.
+
+    Args:
+        folder: The folder.
+        record: The patches that it carries.
+
+    Returns:
+        Files that belong to none of them.
+    """
     store = folder / RECORD_FOLDER
-    if not store.is_dir():
-        return _unused_files(folder)
-    known = {RECORD_FILE, *(undo_file(folder, patch_id).name for patch_id in read_record(folder).ids())}
-    return [*_unused_files(folder), *(path for path in store.iterdir() if path.name not in known)]
+    return [*_unused_files(folder), *(_unknown(store, record) if store.is_dir() else ())]
+
+
+def _unknown(store: Path, record: Record) -> list[Path]:
+    """List the files of ours in a record's folder that the record does not speak of."""
+    kept = {undo_file(store, patch_id).name for patch_id in record.ids()}
+    return [
+        path
+        for path in store.iterdir()
+        if path.name == NEXT_FILE or (is_undo_name(path.name) and path.name not in kept)
+    ] + temporary_files(store)
 
 
 def list_files(checkpoint: Path, entries: Mapping[str, TensorEntry]) -> list[Path]:
@@ -403,7 +472,7 @@ def _settle(folder: Path, journal: _Journal) -> None:
             # The index names the temporary file, so it must stay while the other appears.
             second = temporary_path(folder / name)
             _link_or_copy(folder / temporary, second, _ignore)
-            _sync(second)
+            sync_file(second)
             replace_file(second, folder / name)
         write_file(folder / INDEX_FILE, journal.index.encode())
     store = folder / RECORD_FOLDER
@@ -422,10 +491,8 @@ def _tidy(folder: Path, record: Record) -> None:
         path.unlink()
     store = folder / RECORD_FOLDER
     if store.is_dir():
-        known = {RECORD_FILE, *(undo_file(folder, patch_id).name for patch_id in record.ids())}
-        for path in store.iterdir():
-            if path.name not in known and (path.is_symlink() or path.is_file()):
-                path.unlink()
+        for path in _unknown(store, record):
+            path.unlink()
 
 
 def _unused_files(folder: Path) -> list[Path]:
@@ -439,7 +506,7 @@ def _write_undo(folder: Path, rewrite: Rewrite) -> None:
         file = undo_file(folder, patch_id)
         temporary = temporary_path(file)
         write_safetensors(temporary, tensors)
-        _sync(temporary)
+        sync_file(temporary)
         replace_file(temporary, file)
 
 
@@ -479,7 +546,7 @@ def _require_space(output: Path, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"{output}: not enough disk space: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+            f"{output}: not enough disk space: {needed:,} bytes needed, {free:,} bytes free"
         )
 
 
@@ -549,11 +616,6 @@ def _clone(source: Path, target: Path) -> bool:
     if not is_cloned:
         target.unlink()
     return is_cloned
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _ignore(num_bytes: int) -> None:

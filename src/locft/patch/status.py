@@ -9,7 +9,7 @@ from locft.checkpoint import read_checkpoint
 from locft.errors import PatchError
 from locft.patch.manifest import PatchLocation, PatchModel, to_manifest
 from locft.patch.record import read_undo, short
-from locft.patch.rewrite import leftovers, read_record
+from locft.patch.rewrite import leftovers, read_record, read_steadily
 from locft.tensorfile import TensorEntry, hash_entry
 
 
@@ -84,10 +84,15 @@ def read_status(checkpoint: str | Path) -> CheckpointStatus:
         Its patches and patched tensors.
 
     Raises:
+        InputError: The checkpoint is being changed.
         ModelError: The checkpoint is damaged, or has no safetensors weights.
         PatchError: Its record is damaged.
     """
     folder = Path(checkpoint)
+    return read_steadily(folder, lambda: _read_status(folder))
+
+
+def _read_status(folder: Path) -> CheckpointStatus:
     entries = read_checkpoint(folder)
     record = read_record(folder)
     newest = record.newest()
@@ -131,11 +136,11 @@ def read_status(checkpoint: str | Path) -> CheckpointStatus:
             )
         )
     return CheckpointStatus(
-        checkpoint=str(checkpoint),
+        checkpoint=str(folder),
         is_intact=not odd,
         patches=tuple(patches),
         tensors=tuple(tensors),
-        leftovers=tuple(sorted(str(path.relative_to(folder)) for path in leftovers(folder))),
+        leftovers=tuple(sorted(str(path.relative_to(folder)) for path in leftovers(folder, record))),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from locft.config import RunConfig
 from locft.data.edits import EditFile
-from locft.data.gather import check_tokens, gather_edits
+from locft.data.gather import GatheredEdits, check_tokens, gather_edits
 from locft.errors import InputError
 from locft.evaluation.metrics import is_match
 from locft.evaluation.subject import Subject, load_subject
@@ -34,7 +34,7 @@ from locft.patch.lora import (
     write_adapter,
 )
 from locft.patch.weights import patched_values
-from locft.publish import refuse_taken, staged_folder
+from locft.publish import refuse_taken, reserved, staged_folder
 from locft.recipe.run_folder import EDITS_FILE
 from locft.report.words import bytes_text, counted
 from locft.types import Edit
@@ -103,8 +103,10 @@ def export_lora(
 ) -> LoraExport:
     """Export a patch as a LoRA adapter that PEFT and vLLM load.
 
-    With ``auto``, the powers of two are tried from 1 up, and the first rank that answers every edit
-    right that the full patch answers right is taken. A given rank is tried alone.
+    With ``auto``, the smallest rank is taken that answers every edit right that the full patch answers
+    right: powers of two are tried from 1 up, and then the ranks between the last two, by halving. With
+    a given rank, that one and the powers of two under it are tried; of others only size and error are
+    told.
 
     Args:
         patch: A patch folder, or a run folder that holds one.
@@ -136,7 +138,19 @@ def export_lora(
         )
     gathered = None if edits is None else gather_edits(edits, config.on_conflict)
     base = resolve_base(found, model, config.revision)
+    with reserved(output):
+        return _export(found, base, gathered, output, rank, config, say)
 
+
+def _export(
+    found: Patch,
+    base: CheckpointFolder,
+    gathered: GatheredEdits | None,
+    output: Path,
+    rank: int | Literal["auto"],
+    config: RunConfig,
+    say: Callable[[str], None],
+) -> LoraExport:
     # 1. The change of each matrix, and its components.
     say(f"loading {base.name}")
     subject = load_subject(base.name, replace(config, revision=base.revision))
@@ -168,21 +182,28 @@ def export_lora(
             )
 
     # 3. Rank by rank. The saved factors count, run as they are served: beside the old weights.
-    table: list[RankFigures] = []
-    for step in rank_ladder(largest) if rank == "auto" else sorted({*rank_ladder(largest), rank}):
+    measured: dict[int, RankFigures] = {}
+
+    def measure(step: int, is_asked: bool = True) -> RankFigures:
         factors = [cut(each, step) for each in components]
         figures = RankFigures(
             rank=step, num_bytes=num_bytes(factors), error=relative_error(changes, factors)
         )
-        if asked and rank in ("auto", step):
+        if asked and is_asked:
             with adapted(network, factors):
                 kept = _answered_right(subject, asked, f"answering, rank {step}")
             figures = replace(figures, num_right=len(kept), num_lost=len(right - kept))
             say(f"rank {step}: {len(kept):,} of {len(asked):,} edits, {figures.num_lost:,} lost")
-        table.append(figures)
-        if rank == "auto" and figures.num_lost == 0:
-            break
-    chosen = _choose(table) if rank == "auto" else rank
+        measured[step] = figures
+        return figures
+
+    if rank == "auto":
+        chosen = _find_rank(measure, largest)
+    else:
+        chosen = rank
+        for step in sorted({*rank_ladder(largest), rank}):
+            measure(step, is_asked=step <= rank)
+    table = [figures for _, figures in sorted(measured.items())]
 
     # 4. The adapter.
     report = LoraExport(
@@ -229,15 +250,34 @@ def _answered_right(subject: Subject, edits: Sequence[Edit], label: str) -> set[
     return {edit.id for edit in edits if is_match(answers[edit.prompt], edit.target)}
 
 
-def _choose(table: Sequence[RankFigures]) -> int:
-    best = min(table, key=lambda figures: (figures.num_lost, figures.rank))
-    if best.num_lost:
+def _find_rank(measure: Callable[[int], RankFigures], largest: int) -> int:
+    """Find the smallest rank that loses no edit: by powers of two, and then by halving what is between.
+
+    Halving takes for granted that a rank over one that loses nothing loses nothing, too. That holds as
+    a rule, and the rank that is returned was measured in any case.
+    """
+    table: list[RankFigures] = []
+    below = 0
+    for step in rank_ladder(largest):
+        table.append(measure(step))
+        if table[-1].num_lost == 0:
+            break
+        below = step
+    else:
+        best = min(table, key=lambda figures: (figures.num_lost, figures.rank))
         raise InputError(
-            f"no rank up to {table[-1].rank} keeps every edit that the full patch answers right; the "
-            f"best, rank {best.rank}, loses {best.num_lost:,}: take it with --rank {best.rank}, or "
-            "export with --full"
+            f"no rank up to {largest} keeps every edit that the full patch answers right; the best, "
+            f"rank {best.rank}, loses {best.num_lost:,}: take it with --rank {best.rank}, or export "
+            "with --full"
         )
-    return best.rank
+    found = table[-1].rank
+    while found - below > 1:
+        middle = (below + found) // 2
+        if measure(middle).num_lost == 0:
+            found = middle
+        else:
+            below = middle
+    return found
 
 
 def _draw_readme(

@@ -371,7 +371,7 @@ def test_a_checkpoint_that_goes_meanwhile_is_told(
         return real(*stats)
 
     monkeypatch.setattr("os.path.samestat", remove_and_compare)
-    with pytest.raises(ModelError, match=r"second/.*: cannot be read: No such file"):
+    with pytest.raises(ModelError, match=r"second/.*: cannot be read: it is missing"):
         compare_checkpoints(first, second)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from locft.errors import InputError, PatchError
 from locft.patch.format import Patch, PatchTensor, manifest_record, open_patch, read_patch, write_patch
-from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
+from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel, read_manifest
 from locft.tensorfile import TensorData, hash_tensor, write_safetensors
 
 MANIFEST = PatchManifest(
@@ -472,6 +472,11 @@ def test_pipe_or_device_in_a_files_place_is_refused_without_waiting(tmp_path: Pa
     (tmp_path / "patch" / name).unlink()
     os.mkfifo(tmp_path / "patch" / name)
     assert f"has no regular file {name}" in refusal(tmp_path / "patch")
+
+
+def test_manifest_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=r"patch\.json: cannot be read: No such file"):
+        read_manifest(tmp_path / "patch.json")
 
 
 def test_folder_that_cannot_be_looked_into_is_refused(tmp_path: Path) -> None:

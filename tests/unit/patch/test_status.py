@@ -180,7 +180,7 @@ def test_of_a_patch_that_is_there_twice_only_the_newer_can_be_reverted(tmp_path:
 
 
 def test_leftovers_are_named_from_the_folder_on(folder: Path) -> None:
-    names = (".locft-01234567-model.safetensors", ".locft/.locft-89abcdef-record.json", ".locft/odd")
+    names = (".locft-01234567-model.safetensors", ".locft/.locft-89abcdef-record.json")
     for name in names:
         (folder / name).touch()
     assert read_status(folder).leftovers == names
