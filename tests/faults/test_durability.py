@@ -29,12 +29,14 @@ class Disk:
     Attributes:
         contents: Files written to since they were flushed.
         names: Names that came into being since their folder was flushed.
+        gone: Names that were removed since then, and may come back.
         problems: What was published while something could still be lost.
         published: What was published, in order.
     """
 
     contents: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     _folder: str = "/"
@@ -66,11 +68,14 @@ class Disk:
                 self.contents.add(folders[0])
             case "fsync" | "fdatasync":
                 self.contents.discard(folders[0])
-                self.names -= {path for path in self.names if str(Path(path).parent) == folders[0]}
+                for names in (self.names, self.gone):
+                    names -= {path for path in names if str(Path(path).parent) == folders[0]}
             case "unlink" | "rmdir":
                 if paths[0].endswith("/next.json"):
                     self._publish("the end of " + paths[0], {paths[0]})
                 self._forget(paths[0])
+                if not TEMPORARY.search(paths[0]):  # which any later run removes again
+                    self.gone.add(paths[0])
             case "rename":
                 self._rename(*paths)
 
@@ -88,7 +93,8 @@ class Disk:
     def _publish(self, what: str, moved: set[str]) -> None:
         self.published.append(what)
         # Its old name need not be there for long.
-        lost = [path for path in sorted(self.contents | self.names - moved) if self._counts(path, moved)]
+        known = self.contents | self.names - moved | self.gone
+        lost = [path for path in sorted(known) if self._counts(path, moved)]
         if lost:
             self.problems.append(f"{what} is published before {lost} are flushed")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from faults.harness import Call, Drivers, Ending, Fault
-from faults.worlds import copy_world, make_single, read_tree, write_patches
+from faults.worlds import copy_world, make_sharded, make_single, read_tree, write_patches
 from locft.errors import InputError
 from locft.publish import locked, reserved, staged_folder
 
@@ -40,11 +40,12 @@ rivals = pytest.mark.parametrize(("holder", "writer", "target"), RIVALS.values()
 
 @pytest.fixture
 def world(arena: Path) -> Path:
-    """A folder with a checkpoint, and patches beside it."""
+    """A folder with two checkpoints, and patches beside it."""
     home = Path(tempfile.mkdtemp(prefix="locks", dir=arena))
     (home / "world").mkdir()
     write_patches(home / "patches")
     make_single(home / "world" / "base")
+    make_sharded(home / "world" / "sharded")
     return home / "world"
 
 
@@ -100,8 +101,7 @@ def test_second_writer_is_refused_naming_the_holder(
 def test_lock_dies_with_its_process_and_the_next_run_sweeps(
     drivers: Drivers, world: Path, holder: tuple[str, ...], writer: tuple[str, ...], target: str
 ) -> None:
-    (world.parent / "clean").mkdir()
-    make_single(world.parent / "clean" / "base")
+    copy_world(world, world.parent / "clean")
     assert run(drivers, world.parent / "clean", writer).status == 0
     with holding(drivers, world, holder) as held:
         os.kill(held.pid, signal.SIGKILL)
@@ -210,9 +210,13 @@ def test_staging_of_another_thread_is_never_swept(tmp_path: Path) -> None:
     ("words", "refusals"),
     [
         ((*APPLY, "--in-place"), ("is being written by another locft", "carries the patch already")),
+        (
+            ("apply", "sharded", "../patches/two", "--in-place"),
+            ("is being written by another locft", "carries the patch already"),
+        ),
         ((*APPLY, "-o", "out"), ("is being written by another locft", "exists and is not empty")),
     ],
-    ids=["in place", "copy"],
+    ids=["in place", "in place, two shards", "copy"],
 )
 def test_of_two_racing_writers_one_wins(
     drivers: Drivers,

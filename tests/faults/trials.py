@@ -64,6 +64,9 @@ class Bench:
             _succeed(driver, world, operation.again)
             self.done_again = read_tree(world)
         assert operation.is_edit or self.old != self.new
+        assert not [name for name in self.done if ".locft-" in name]
+        if operation.is_in_place:
+            _compare(self.done_again, self.before)  # there and back again
 
     @contextmanager
     def opened(self, source: Path | None = None) -> Iterator[Path]:

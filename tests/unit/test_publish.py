@@ -402,6 +402,24 @@ def test_a_lock_that_fails_for_another_reason_is_no_lock(
     assert len(os.listdir("/proc/self/fd")) == num_open  # noqa: PTH208
 
 
+@pytest.mark.parametrize("stuck", [False, True], ids=["", "and the file cannot be removed"])
+def test_a_lock_on_which_its_holder_cannot_be_written_is_given_back(
+    stuck: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.pwrite", fail)
+        if stuck:
+            patched.setattr("os.unlink", fail)
+        with pytest.raises(OSError, match="full"):
+            enter(locked, tmp_path / "model")
+    assert names_in(tmp_path) == ([".locft-lock-model"] if stuck else [])
+    enter(locked, tmp_path / "model")
+    assert names_in(tmp_path) == []
+
+
 def test_a_lock_is_no_way_to_files_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".locft-lock-model").symlink_to("precious")
@@ -494,6 +512,23 @@ def test_without_locks_nobody_sweeps_what_another_writer_builds(
     with staged_folder(tmp_path / "out"):
         pass
     assert names_in(tmp_path) == [".locft-0123abcd-theirs", "out"]
+
+
+def test_a_folder_that_its_disk_may_not_keep_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = publish.sync_folder
+
+    def fail(folder: Path) -> None:
+        if folder == tmp_path:
+            raise OSError(errno.EIO, "the disk is broken")
+        real(folder)
+
+    monkeypatch.setattr(publish, "sync_folder", fail)
+    with pytest.raises(InputError) as caught, staged_folder(tmp_path / "out") as staging:
+        (staging / "file").touch()
+    assert str(caught.value).startswith(f"{tmp_path}/out: is whole, but its disk did not confirm")
+    assert names_in(tmp_path / "out") == ["file"]
 
 
 # Files

@@ -37,9 +37,11 @@ from checkpoints import (
     tree,
 )
 
+from locft.checkpoint import read_checkpoint
 from locft.errors import InputError, LocftError, ModelError, PatchError
 from locft.patch import rewrite
 from locft.patch.apply import revert_patches, stack_patches
+from locft.patch.compare import compare_checkpoints
 from locft.patch.format import Patch, manifest_record
 from locft.patch.rewrite import opened_in_place, read_record
 from locft.patch.status import read_status
@@ -543,6 +545,33 @@ def test_a_base_that_is_changed_while_it_is_read_is_read_again(
     assert len(carried(tmp_path / "copy")) == 2
     revert_patches(tmp_path / "copy", [], None)
     assert read_weights(tmp_path / "copy") == TENSORS
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        read_status,
+        lambda base: compare_checkpoints(base, base),
+        lambda base: stack_patches(base, [PATCH], base.with_name("copy")),
+    ],
+    ids=["status", "diff", "copy"],
+)
+def test_a_base_that_never_comes_to_rest_is_refused(
+    operation: Callable[[Path], object], tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    def touch(checkpoint: Path) -> Any:
+        (base / f"new{len(list(base.iterdir()))}").touch()
+        return read_checkpoint(checkpoint)
+
+    for module in ("rewrite", "status", "compare"):
+        monkeypatch.setattr(f"locft.patch.{module}.read_checkpoint", touch)
+    monkeypatch.setattr("time.sleep", pauses.append)
+    with pytest.raises(InputError, match="base: is being changed by another process; try again when"):
+        operation(base)
+    assert sum(pauses) >= 5
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_what_a_copy_does_not_hold_may_change_while_it_is_made(
