@@ -232,7 +232,7 @@ def _hold(connection: socket.socket, how: str, target: str) -> None:
             (staging / "half").write_bytes(b"half")
             _wait(connection)
     else:
-        with reserved(folder), staged_folder(folder) as staging:
+        with reserved(folder), staged_folder(folder) as staging:  # as an edit does
             (staging / "half").write_bytes(b"half")
             _wait(connection)
 
@@ -255,8 +255,8 @@ def _repeat(start: str, count: str, *words: str) -> None:
     home = Path.cwd()
     for number in range(int(count)):
         os.chdir(home / str(number))
-        # All at the same time: 12 ms are more than an attempt takes.
-        time.sleep(max(0.0, float(start) + 0.012 * number - time.monotonic()))
+        # Each attempt at the same time in all processes, unless the one before took too long.
+        time.sleep(max(0.0, float(start) + 0.02 * number - time.monotonic()))
         sys.stderr.write(f"status {main(list(words))}\n")
 
 

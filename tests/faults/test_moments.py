@@ -29,7 +29,6 @@ def test_kill_at_a_random_moment_leaves_the_old_state_or_the_new_one(
     # Before a third of its time is over, it only reads.
     delays = [moments.uniform(0.3, 1.4) * bench.wall_s for _ in range(NUM_MOMENTS)]
     bench.each(bench.kill_after(delay, note) for delay in delays)
-    assert counts["within"] > 0
     report(
         f"{operation.name}: killed at {counts.total()} random moments of its"
         f" {1000 * bench.wall_s:.0f} ms: {counts['before']} before it wrote,"

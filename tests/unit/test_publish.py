@@ -514,6 +514,26 @@ def test_without_locks_nobody_sweeps_what_another_writer_builds(
     assert names_in(tmp_path) == [".locft-0123abcd-theirs", "out"]
 
 
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def fail(path: Any) -> Any:
+        if str(path).endswith("deep"):
+            raise OSError(errno.EIO, "the disk is broken")
+        return real(path)
+
+    def build() -> None:
+        with staged_folder(tmp_path / "out") as staging:
+            (staging / "deep").mkdir()
+            monkeypatch.setattr("os.scandir", fail)
+
+    with pytest.raises(OSError, match="the disk is broken"):
+        build()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_its_disk_may_not_keep_is_told_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,7 @@ def _carry_out(
             base = _settled_base(checkpoint)
             return base, *plan(base)
 
-        base, rewrite, order = read_steadily(checkpoint, prepare)
+        base, rewrite, order = read_steadily([checkpoint], prepare)
         write_copy(base, Path(output), rewrite)
         return order
     refuse_in_place(checkpoint)

@@ -83,7 +83,7 @@ def compare_checkpoints(first: str | Path, second: str | Path) -> Comparison:
         ModelError: A checkpoint is damaged, or has no safetensors weights.
     """
     folders = Path(first), Path(second)
-    return read_steadily(folders[0], lambda: read_steadily(folders[1], lambda: _compare_all(folders)))
+    return read_steadily(folders, lambda: _compare_all(folders))
 
 
 def _compare_all(folders: tuple[Path, Path]) -> Comparison:

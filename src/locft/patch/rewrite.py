@@ -296,33 +296,34 @@ def read_record(folder: Path) -> Record:
     return read_recorded(folder)
 
 
-def read_steadily(folder: Path, read: Callable[[], _Result]) -> _Result:
-    """Read from a checkpoint folder that somebody may be changing in place: again, if it was changed.
+def read_steadily(folders: Sequence[Path], read: Callable[[], _Result]) -> _Result:
+    """Read from checkpoints that somebody may be changing in place: again, if one was changed.
 
     Args:
-        folder: The folder.
-        read: Reads what it holds.
+        folders: Their folders.
+        read: Reads what they hold.
 
     Returns:
         What `read` returns.
 
     Raises:
-        InputError: The folder does not come to rest.
+        InputError: A folder does not come to rest.
     """
     for _ in range(_MAX_ATTEMPTS):
-        before = _names(folder)
+        before = [_names(folder) for folder in folders]
         fault: LocftError | OSError | None = None
         try:
             result = read()
         except (LocftError, OSError) as error:
             fault = error
-        if _names(folder) != before:
+        changed = [folder for folder, was in zip(folders, before, strict=True) if _names(folder) != was]
+        if changed:
             time.sleep(_PAUSE_S)
             continue
         if fault is not None:
             raise fault
         return result
-    raise InputError(f"{folder}: is being changed by another process; try again when it is done")
+    raise InputError(f"{changed[0]}: is being changed by another process; try again when it is done")
 
 
 def _names(folder: Path) -> tuple[tuple[str, int], ...]:

@@ -89,7 +89,7 @@ def read_status(checkpoint: str | Path) -> CheckpointStatus:
         PatchError: Its record is damaged.
     """
     folder = Path(checkpoint)
-    return read_steadily(folder, lambda: _read_status(folder))
+    return read_steadily([folder], lambda: _read_status(folder))
 
 
 def _read_status(folder: Path) -> CheckpointStatus:
