@@ -181,6 +181,39 @@ def test_files_with_a_second_name_are_replaced_and_not_written_through(
     assert shared == set(before) - written - ({INDEX} if len(written) > 1 else set())
 
 
+@every_layout
+@every_touch
+def test_at_every_moment_a_loader_finds_the_old_weights_or_the_new_ones(
+    layout: Layout, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = layout.make(tmp_path / "base")
+    before = layout.tensors()
+    patch, after = patch_of(before, names, 1)
+    seen: list[Tensors] = []
+
+    def watched(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*words: object, **more: object) -> object:
+            result = real(*words, **more)
+            seen.append(read_weights(folder))
+            return result
+
+        return call
+
+    for name in ("replace", "unlink", "link", "mkdir", "rmdir", "fsync"):
+        monkeypatch.setattr(f"os.{name}", watched(getattr(os, name)))
+    operations: list[Callable[[], object]] = [
+        lambda: stack_patches(folder, [patch], None),
+        lambda: revert_patches(folder, [], None),
+    ]
+    for operation in operations:
+        seen.clear()
+        operation()
+        turn = next(i for i, found in enumerate(seen) if found != before)
+        assert 0 < turn < len(seen) - 1
+        assert seen == [before] * turn + [after] * (len(seen) - turn)
+        before, after = after, before
+
+
 def test_files_keep_their_modes_in_place(base: Path) -> None:
     modes = {
         SHARDED.file_of(DOWN_0): 0o600,
