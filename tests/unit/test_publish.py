@@ -228,6 +228,17 @@ def test_what_a_live_writer_builds_stays(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["one", "two"]
 
 
+def test_what_a_writer_in_another_process_builds_stays(tmp_path: Path) -> None:
+    leave_behind(tmp_path, "theirs")
+    leave_behind(tmp_path, "left")
+    with (tmp_path / ".locft-lock-theirs").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        enter(staged_folder, tmp_path / "out")
+        assert names_in(tmp_path) == [f"{LEFT}theirs", ".locft-lock-theirs", "out"]
+    enter(reserved, tmp_path / "more")
+    assert names_in(tmp_path) == ["out"]
+
+
 def test_a_nested_writer_of_the_same_target_removes_what_was_left_but_not_what_is_built(
     tmp_path: Path,
 ) -> None:
@@ -337,6 +348,7 @@ def test_a_lock_is_one_and_the_same_by_every_path(
         for path in (Path("model"), tmp_path / "link" / "model", Path("../link/model")):
             with pytest.raises(InputError, match="is being written by another locft"):
                 in_thread(lambda path=path: enter(locked, path))  # type: ignore[misc]
+            enter(locked, path)  # within a thread they nest
 
 
 def test_locks_nest_within_a_thread_and_are_freed_by_the_outer_one(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from locft.model.resolve import resolve_checkpoint
 from locft.patch.apply import revert_patches, stack_patches
 from locft.patch.format import PATCH_FOLDER, Patch, manifest_record, open_patch
 from locft.patch.record import short
-from locft.patch.rewrite import read_record
+from locft.patch.rewrite import list_other_weights, read_record
 from locft.patch.status import CheckpointStatus, read_status
 from locft.report.words import bytes_text, counted
 
@@ -54,6 +54,8 @@ def run_revert(words: argparse.Namespace) -> int:
         {"checkpoint": str(where), "reverted": order},
         f"{'wrote' if output else 'changed'} {where}: {what}, {rest}",
     )
+    if output is None:
+        _note_other_weights(folder)
     return 0
 
 
@@ -157,7 +159,16 @@ def _put_in(words: argparse.Namespace, names: list[str]) -> int:
         {"checkpoint": str(where), "patches": order},
         f"{said} {what} in it (to go back: {_way_back(output or folder, str(where), order)})",
     )
+    if words.in_place:
+        _note_other_weights(folder)
     return 0
+
+
+def _note_other_weights(folder: Path) -> None:
+    others = list_other_weights(folder)
+    if others:
+        names = ", ".join(file.name for file in others[:3]) + (", ..." if len(others) > 3 else "")
+        say(f"note: only the safetensors weights changed; {names} beside them did not")
 
 
 def _way_back(folder: Path, where: str, order: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from locft.checkpoint import refuse_quantised
-from locft.errors import InputError, PatchError
+from locft.errors import InputError, PatchError, brief
 from locft.model.demo import cache_folder
 from locft.patch.format import Patch, manifest_record
 from locft.patch.record import (
@@ -238,7 +238,7 @@ def _refuse_changed(base: Base, draft: _Draft, names: Iterable[str]) -> None:
         below = newest[name]
         if draft.hash(name) != below["tensors"][name]["new_sha256"]:
             raise PatchError(
-                f"{base.folder}: tensor {name!r} is no longer what patch"
+                f"{base.folder}: tensor {brief(name)} is no longer what patch"
                 f" {short(below['manifest_sha256'])} made of it: something else changed it. If it is as"
                 f" it should be, remove {base.folder / RECORD_FOLDER} and try again: the patches in"
                 " it can then not be reverted"
@@ -260,7 +260,7 @@ def _plan_revert(base: Base, patch_ids: Sequence[str]) -> tuple[Rewrite, tuple[s
             built_on = dict.fromkeys(tensors, patch_id) | built_on
             continue
         for name, fields in tensors.items():
-            where = f"{base.folder}: patch {short(patch_id)} cannot be reverted: tensor {name!r}"
+            where = f"{base.folder}: patch {short(patch_id)} cannot be reverted: tensor {brief(name)}"
             if name in built_on:
                 raise PatchError(
                     f"{where} was changed again by patch {short(built_on[name])}; revert that one first"
@@ -283,7 +283,7 @@ def _find(base: Base, wanted: str) -> int:
     found = [i for i, patch_id in enumerate(ids) if patch_id.startswith(wanted)]
     if not found or not wanted:
         carried = ", ".join(map(short, ids))
-        raise PatchError(f"{base.folder}: carries no patch {wanted!r}; it carries {carried}")
+        raise PatchError(f"{base.folder}: carries no patch {brief(wanted)}; it carries {carried}")
     if len({ids[i] for i in found}) > 1:
         several = ", ".join(dict.fromkeys(ids[i] for i in found))
         raise PatchError(f"{base.folder}: {wanted!r} may mean several patches: {several}")
@@ -293,23 +293,23 @@ def _find(base: Base, wanted: str) -> int:
 def _misfit(draft: _Draft, patch: Patch) -> str | None:
     """Say why a patch does not belong to a checkpoint; None if it does."""
     model = patch.manifest.model
-    origin = f"the patch was made from {model.id!r}"
+    origin = f"the patch was made from {brief(model.id)}"
     if model.revision is not None:
-        origin += f" at revision {model.revision!r}"
+        origin += f" at revision {brief(model.revision)}"
     for name, tensor in patch.tensors.items():
         if name not in draft.entries:
-            return f"{draft.folder}: has no tensor {name!r}, which the patch changes; {origin}"
+            return f"{draft.folder}: has no tensor {brief(name)}, which the patch changes; {origin}"
         entry = draft.entries[name]
         if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
             return (
-                f"{draft.folder}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, but the patch"
-                f" expects {tensor.dtype} {list(tensor.shape)}; {origin}"
+                f"{draft.folder}: tensor {brief(name)} is {entry.dtype} {list(entry.shape)}, but the"
+                f" patch expects {tensor.dtype} {list(tensor.shape)}; {origin}"
             )
     is_applied = all(draft.hash(name) == tensor.new_sha256 for name, tensor in patch.tensors.items())
     for name, tensor in patch.tensors.items():
         if draft.hash(name) != tensor.old_sha256:
             return (
-                f"{draft.folder}: tensor {name!r} is not the one that the patch was made from:"
+                f"{draft.folder}: tensor {brief(name)} is not the one that the patch was made from:"
                 f" expected sha256 {tensor.old_sha256[:12]}, found {draft.hash(name)[:12]}; {origin}; "
                 + (
                     "this checkpoint carries the patch already"

@@ -190,7 +190,7 @@ def check_record(path: str, record: Mapping[str, Any]) -> Record:
         for name, fields in manifest["tensors"].items():
             if seen.get(name, fields["old_sha256"]) != fields["old_sha256"]:
                 raise PatchError(
-                    f"{path}: patches[{i}]: tensor {name!r} does not follow on the one before"
+                    f"{path}: patches[{i}]: tensor {brief(name)} does not follow on the one before"
                 )
             seen[name] = fields["new_sha256"]
     return found

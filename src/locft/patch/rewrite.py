@@ -64,21 +64,10 @@ from locft.tensorfile import TensorData, TensorEntry, hash_entry, hash_tensor, w
 _TEMPLATES_FOLDER = "additional_chat_templates"
 
 # Weights in other formats would contradict the patched ones, and model code is never passed on.
-_SKIPPED_SUFFIXES = (
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".index.json",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".pt",
-    ".pth",
-    ".py",
-    ".safetensors",
-    ".tflite",
-)
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".tflite")
+_CONSOLIDATED = "consolidated.safetensors"  # Mistral's own format, which vLLM can be told to take
+_TRAINER_FILE = "training_args.bin"
+_SKIPPED_SUFFIXES = (*_OTHER_WEIGHTS, ".index.json", ".py", ".safetensors")
 
 # Where peft is installed, this file makes transformers load the adapter's base model instead.
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -157,12 +146,19 @@ def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
     Raises:
         InputError: `output` is taken, lies within the checkpoint or does not fit on its disk, or
             the checkpoint was changed meanwhile.
-        ModelError: The disk did not keep what was written.
+        ModelError: A file of the checkpoint is a link to nothing, or the disk did not keep what was
+            written.
         PatchError: Old values that a record speaks of are missing.
     """
     source, target = base.folder.resolve(), output.resolve()
     if source == target or source in target.parents:
         raise InputError(f"{output}: is or lies within the checkpoint {base.folder}; name another one")
+    for file in _all_files(base.folder):
+        if file.is_symlink() and not file.exists() and not _is_skipped(file.name):
+            raise ModelError(
+                f"{file}: is a link to nothing ({brief(str(file.readlink()))}); fetch the model again,"
+                " or remove the link if the file is not needed"
+            )
     kept = [require_undo(base.folder, one) for one in set(rewrite.record.ids()) - set(rewrite.undo)]
     files = base.files
     with staged_folder(output) as staging, _unchanged(base, files):
@@ -370,11 +366,25 @@ def list_files(checkpoint: Path, entries: Mapping[str, TensorEntry]) -> list[Pat
         weights.add(INDEX_FILE)
     return sorted(
         file
-        for folder in (checkpoint, checkpoint / _TEMPLATES_FOLDER)
-        if folder.is_dir()
-        for file in folder.iterdir()
+        for file in _all_files(checkpoint)
         if file.is_file() and (file.name in weights or not _is_skipped(file.name))
     )
+
+
+def list_other_weights(checkpoint: Path) -> list[Path]:
+    """List the weights of a checkpoint that lie beside its safetensors weights, in other formats."""
+    return sorted(
+        file
+        for file in checkpoint.iterdir()
+        if (file.name.lower().endswith(_OTHER_WEIGHTS) and file.name != _TRAINER_FILE)
+        or file.name == _CONSOLIDATED
+    )
+
+
+def _all_files(checkpoint: Path) -> Iterator[Path]:
+    for folder in (checkpoint, checkpoint / _TEMPLATES_FOLDER):
+        if folder.is_dir():
+            yield from folder.iterdir()
 
 
 @dataclass(frozen=True)
@@ -447,7 +457,7 @@ def _is_reached(folder: Path, journal: _Journal) -> bool:
         neither = [name for name in odd if found[name] != journal.hashes[name][1]] or odd
         raise PatchError(
             f"{folder}: a change of it was interrupted, and something else changed its tensors since"
-            f" ({neither[0]!r}, for one): put the files back as they were, or copy the model afresh"
+            f" ({brief(neither[0])}, for one): put the files back as they were, or copy the model afresh"
         )
     return False
 

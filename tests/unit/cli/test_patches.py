@@ -138,6 +138,26 @@ def test_the_way_back_that_is_named_leads_back(run: Run) -> None:
     )
 
 
+def test_weights_of_other_formats_beside_those_changed_in_place_are_named(run: Run) -> None:
+    others = ("consolidated.safetensors", "model.gguf", "pytorch_model.bin", "tf_model.h5")
+    for name in (*others, "training_args.bin"):
+        (Path("base") / name).write_bytes(b"other")
+    note = (
+        "locft: note: only the safetensors weights changed; consolidated.safetensors, model.gguf,"
+        " pytorch_model.bin, ... beside them did not"
+    )
+    _, err = run("apply", "base", "patches/first", "-o", "copy")
+    assert "note" not in err
+    for words in (("apply", "base", "patches/first"), ("revert", "base")):
+        _, err = run(*words, "--in-place")
+        assert err.splitlines()[1:] == [note]
+    (Path("base") / "model.gguf").unlink()
+    _, err = run("apply", "base", "patches/first", "--in-place")
+    assert err.splitlines()[1:] == [
+        note.replace("model.gguf, ", "").replace("bin, ...", "bin, tf_model.h5")
+    ]
+
+
 @pytest.mark.parametrize("place", [("-o", "copy"), ("--in-place",)], ids=["copy", "in place"])
 def test_json_tells_where_and_in_which_order_patches_were_put_in(
     place: tuple[str, ...], run: Run

@@ -220,7 +220,7 @@ def test_links_are_followed_and_the_copy_has_none(tmp_path: Path, checkpoint: Pa
     for file in checkpoint.iterdir():
         file.chmod(0o400)
         (snapshot / file.name).symlink_to(file)
-    (snapshot / "broken.json").symlink_to(tmp_path / "nowhere")
+    (snapshot / "optimizer.pt").symlink_to(tmp_path / "nowhere")  # a copy goes without those
     apply_patch(snapshot, PATCH, tmp_path / "out")
     assert weights(tmp_path / "out") == PATCHED
     assert weights(checkpoint) == WEIGHTS
@@ -229,6 +229,17 @@ def test_links_are_followed_and_the_copy_has_none(tmp_path: Path, checkpoint: Pa
     for name in unrecorded(tmp_path / "out"):
         assert not (tmp_path / "out" / name).is_symlink()
         assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == mode
+
+
+def test_link_to_nothing_among_the_files_of_a_copy_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    (checkpoint / "broken.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(
+        ModelError, match=r"broken\.json: is a link to nothing .*nowhere.*remove the link"
+    ):
+        apply_patch(checkpoint, PATCH, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    apply_patch(checkpoint, PATCH, None)
+    assert weights(checkpoint) == PATCHED
 
 
 def test_checkpoint_given_by_a_link_or_a_relative_path_works(
