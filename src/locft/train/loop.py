@@ -97,9 +97,8 @@ def train_breadth_first(
     ]
     # Fused: one pass over each matrix instead of one for every term of the update.
     optimizer = torch.optim.Adam(masters, lr=schedule.lr, fused=True)
-    # On the CPU for every device, so that a seed names one order everywhere.
-    shuffler = torch.Generator().manual_seed(schedule.seed)
     num_examples = len(cache.examples)
+    orders = shuffled_batches(num_examples, schedule.batch_size, schedule.seed)
     epochs: list[Epoch] = []
     with (
         _trainable(split.model, tuned),
@@ -107,12 +106,11 @@ def train_breadth_first(
         progress("training", schedule.epochs * num_examples, "edits") as advance,
     ):
         while len(epochs) < schedule.epochs:
-            order = torch.randperm(num_examples, generator=shuffler).tolist()
             total = 0.0
-            starts = range(0, num_examples, schedule.batch_size)
-            for number, start in enumerate(starts):
-                place = f"epoch {len(epochs) + 1}, step {number + 1} of {len(starts)}"
-                batch = cache.batch(order[start : start + schedule.batch_size])
+            batches = next(orders)
+            for number, indices in enumerate(batches):
+                place = f"epoch {len(epochs) + 1}, step {number + 1} of {len(batches)}"
+                batch = cache.batch(indices)
                 logits = tail(batch.ids, batch.hidden, batch.rows, batch.columns)
                 loss = target_loss(logits, batch.labels, batch.rows, schedule.loss_mean)
                 value = loss.item()
@@ -134,7 +132,7 @@ def train_breadth_first(
             epochs.append(
                 Epoch(
                     epoch=len(epochs) + 1,
-                    steps=len(starts),
+                    steps=len(batches),
                     loss=total / num_examples,
                 )
             )
@@ -143,6 +141,24 @@ def train_breadth_first(
                 break
     matrices = {name: master.cpu() for name, master in zip(location.parameters, masters, strict=True)}
     return Trained(matrices, tuple(epochs), epochs[-1].loss < schedule.stop_loss)
+
+
+def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> Iterator[list[list[int]]]:
+    """Say which examples each step takes, epoch by epoch, without end.
+
+    Args:
+        num_examples: How many examples there are.
+        batch_size: Examples per step; the last batch of an epoch may be smaller.
+        seed: Names the order.
+
+    Yields:
+        The batches of one epoch: indices of examples, each example once.
+    """
+    # On the CPU for every device, so that a seed names one order everywhere.
+    shuffler = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(num_examples, generator=shuffler).tolist()
+        yield [order[i : i + batch_size] for i in range(0, num_examples, batch_size)]
 
 
 @contextmanager
