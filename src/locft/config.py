@@ -73,6 +73,14 @@ class RunConfig:
         "dtype of the frozen weights; auto is the checkpoint's own, float32 for float16 ones",
         "machine",
     )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        "auto",
+        "what training multiplies matrices in; auto is bfloat16 where the processor is made for it",
+        "machine",
+    )
+    compile: Literal["auto", "on", "off"] = _setting(
+        "auto", "compile the trained layers with torch.compile; auto does on CUDA", "machine"
+    )
     device: str = _setting("auto", "auto, cpu, cuda or mps", "machine")
     eval_batch_size: int = _setting(64, "prompts answered at a time", "machine", over=0)
     drift_text: str | None = _setting(

@@ -307,6 +307,8 @@ def test_only_closed_lists_have_choices() -> None:
         "loss_mean": ("sample", "token"),
         "on_conflict": ("error", "keep-last", "keep-first"),
         "dtype": ("auto", "float32", "bfloat16"),
+        "compute_dtype": ("auto", "float32", "bfloat16"),
+        "compile": ("auto", "on", "off"),
     }
 
 

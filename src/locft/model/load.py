@@ -104,6 +104,39 @@ def load_tokenizer(
     return _load_tokenizer(checkpoint), config
 
 
+def outline_model(
+    name: str, *, dtype: str = "auto", revision: str | None = None
+) -> tuple[PreTrainedModel, CheckpointFolder, str]:
+    """Build a model without its weights: modules and parameters have shapes, and no values.
+
+    Args:
+        name: ``demo``, a local folder, or a Hugging Face id, of which no weights are fetched.
+        dtype: As `load_model` takes it.
+        revision: Branch, tag or commit of a Hugging Face id.
+
+    Returns:
+        The model on torch's meta device, where its files are, and the dtype that they say they are in.
+
+    Raises:
+        ModelError: There is no such model, or it is refused with the reason.
+    """
+    checkpoint = resolve_checkpoint(name, revision=revision, weights=False)
+    with _refusing(f"model {name!r}"):
+        config = read_model_config(checkpoint.folder)
+    _refuse_unusable(name, config)
+    stored = _stored_dtype(config)
+    with _refusing(f"model {name!r}"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=False, local_files_only=True
+            ),
+            dtype=choose_dtype(dtype, stored),
+            trust_remote_code=False,
+        )
+    model.eval()
+    return model, checkpoint, stored
+
+
 def load_model(
     name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
 ) -> LoadedModel:

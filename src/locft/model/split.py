@@ -3,30 +3,43 @@
 Layers below the tuned one never change, so what they hand on is a constant. The tail is the model's
 own forward, in which the layers below pass their input through and the cached state is put in where
 the tuned layer receives its input: masks, positions and soft-caps stay the model's own, in every
-family. The head sees only the positions whose logits are asked for: over a vocabulary of 50,000 to
-250,000 tokens that is most of its cost.
+family.
 
-Shapes: B batch, T tokens, D width, M asked positions, V vocabulary.
+Three things are left out that no result depends on. Sequences are packed (`model/packing.py`), so that
+nothing is computed for padding, nor twice for a common beginning. The head sees only the positions
+whose logits are asked for: over a vocabulary of 50,000 to 250,000 tokens that is most of its cost. And
+so does what the last layer does position by position. Families that do not allow it, which a probe
+tells, are run padded, or with a whole last layer.
+
+Shapes: B sequences, T tokens in the longest, N nodes of the packed sequences, M asked positions,
+V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from locft.errors import ModelError, first_line
-from locft.model.structure import Layers, find_layers
+from locft.model.attention import attention_configs, longest_unwindowed, packed_attention
+from locft.model.packing import Packed, merge_prefixes
+from locft.model.products import bfloat16_products, replace_forward
+from locft.model.structure import Layers, find_layers, find_pointwise
 
-Tail = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Tail = Callable[[Packed, Tensor, Tensor], Tensor]
 # Float32 logits agree to rounding. Bfloat16 ones are too coarse to compare by value, but what rounding
 # does to predictions is far less than what a wrong mask does.
 _LARGEST_DIFFERENCE = 2e-5
 _LARGEST_DIVERGENCE = 0.02
-_PROBE_LENGTHS = (11, 7)  # two rows of unequal length, so that right padding is probed too
+# Of unequal length, so that right padding is probed, too; they begin alike, so that a node has two
+# successors.
+_PROBE_LENGTHS = (11, 7)
+_PROBE_SHARED = 3
 
 
 class _PrefixDoneError(Exception):
@@ -35,21 +48,34 @@ class _PrefixDoneError(Exception):
 
 @dataclass(frozen=True)
 class Split:
-    """A model, split at a layer. Made by `split_model`, which proves that the split is exact."""
+    """A model, split at a layer. Made by `split_model`, which proves that the split is exact.
+
+    Attributes:
+        model: The model.
+        layers: Its layers.
+        layer: The first layer of the tail.
+        tuple_lengths: Per layer, how long a tuple it returns; 0 for a bare tensor.
+        configs: What the model's modules read their kind of attention from.
+        longest_packed: The longest sequence that may be packed; 0 for a family that cannot be.
+        pointwise: Modules of the last layer that need to run at asked positions only.
+    """
 
     model: PreTrainedModel
     layers: Layers
     layer: int
-    tuple_lengths: tuple[int, ...]  # per layer: how long a tuple it returns; 0 for a bare tensor
+    tuple_lengths: tuple[int, ...]
+    configs: tuple[PreTrainedConfig, ...]
+    longest_packed: float
+    pointwise: tuple[nn.Module, ...]
 
-    def prefix(self, ids: Tensor) -> Tensor:
+    def prefix(self, packed: Packed) -> Tensor:
         """Run the layers below the split.
 
         Args:
-            ids: (B, T) token ids, right-padded with any id.
+            packed: Token sequences, on the model's device.
 
         Returns:
-            (B, T, D) the hidden states that enter the split's layer, detached.
+            (N, ...) the hidden states that enter the split's layer, usually of shape (N, D), detached.
         """
         kept: list[Tensor] = []
 
@@ -59,21 +85,26 @@ class Split:
 
         handle = self.layers.modules[self.layer].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            with torch.no_grad():
-                self.model(input_ids=ids, use_cache=False)
+            with torch.no_grad(), self._laid_out(packed) as inputs:
+                self.model(**inputs, use_cache=False)
         except _PrefixDoneError:
             pass
         finally:
             handle.remove()
-        return kept[0]
+        return kept[0][0] if self._is_packed(packed) else kept[0].flatten(0, 1)[packed.home]
 
     @contextmanager
-    def tail(self) -> Iterator[Tail]:
+    def tail(self, *, in_bfloat16: bool = False, compiled: str | None = None) -> Iterator[Tail]:
         """Turn the model into its tail while the body runs.
 
+        Args:
+            in_bfloat16: Compute the products of linear layers with bfloat16 factors; for a float32
+                model. Which weights have gradients must be settled by now.
+            compiled: The backend of torch.compile to compile each layer with; None for none.
+
         Yields:
-            A function of ids (B, T), hidden states (B, T, D) from `prefix`, and the rows (M,) and
-            columns (M,) of the positions to predict from, that returns their logits (M, V).
+            A function of packed sequences, the hidden states (N, ...) of their nodes from `prefix`, and
+            the nodes (M,) to predict from, that returns their logits (M, V).
         """
         state: dict[str, Tensor] = {}
 
@@ -84,23 +115,54 @@ class Split:
                 return (state["hidden"], *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": state["hidden"]}
 
-        def run(ids: Tensor, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-            state["hidden"] = hidden
-            return logits_at(self.model, rows, columns, input_ids=ids)
+        def run(packed: Packed, hidden: Tensor, asked: Tensor) -> Tensor:
+            is_packed = self._is_packed(packed)
+            state["hidden"] = hidden.unsqueeze(0) if is_packed else hidden[packed.grid]
+            places = asked if is_packed else packed.home[asked]
+            # Distinct, since sequences may ask the same node.
+            state["places"] = torch.unique(places)
+            longest = packed.grid.shape[1]
+            rows = torch.zeros_like(places) if is_packed else places // longest
+            columns = places if is_packed else places % longest
+            with self._laid_out(packed) as inputs:
+                return logits_at(self.model, rows, columns, **inputs)
 
         with ExitStack() as undo:
-            for layer, length in zip(
-                self.layers.modules[: self.layer], self.tuple_lengths, strict=False
-            ):
-                undo.callback(_restore_forward, layer, vars(layer).get("forward"))
-                layer.forward = _pass_through(length)
-            tuned = self.layers.modules[self.layer]
-            handle = tuned.register_forward_pre_hook(put_in, with_kwargs=True)
+            tail = self.layers.modules[self.layer :]
+            below = self.layers.modules[: self.layer]
+            if in_bfloat16:
+                head = self.model.get_output_embeddings()
+                parts = [part for module in (*tail, head) for part in module.modules()]
+                linears = [part for part in parts if type(part) is nn.Linear]
+                undo.enter_context(bfloat16_products(linears))
+            for module in self.pointwise:
+                replace_forward(undo, module, _at_places(module.forward, state))
+            if compiled is not None:
+                for layer in tail:
+                    # Sequences have any length, and another one must not compile anew.
+                    compiled_forward = torch.compile(layer.forward, backend=compiled, dynamic=True)
+                    replace_forward(undo, layer, compiled_forward)
+            for layer, length in zip(below, self.tuple_lengths, strict=False):
+                replace_forward(undo, layer, _pass_through(length))
+            handle = tail[0].register_forward_pre_hook(put_in, with_kwargs=True)
             undo.callback(handle.remove)
             try:
                 yield run
             finally:
                 state.clear()
+
+    def _is_packed(self, packed: Packed) -> bool:
+        return packed.grid.shape[1] <= self.longest_packed
+
+    @contextmanager
+    def _laid_out(self, packed: Packed) -> Iterator[dict[str, Tensor]]:
+        """Say what the model's forward takes for some sequences; the body runs it."""
+        if self._is_packed(packed):
+            with packed_attention(self.configs, packed):
+                yield {"input_ids": packed.ids[None], "position_ids": packed.positions[None]}
+        else:
+            # Right padding needs no mask under a causal one. Which id pads does not matter.
+            yield {"input_ids": packed.ids[packed.grid]}
 
 
 def logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor, **inputs: Tensor) -> Tensor:
@@ -157,10 +219,9 @@ def _split_and_probe(model: PreTrainedModel, layer: int) -> Split:
     if not isinstance(model.get_output_embeddings(), nn.Module):
         raise ModelError(f"{name} is refused: it has no output head over its vocabulary")
     device = next(model.parameters()).device
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    packed = _probe_sequences(model).to(device)
+    ids = packed.ids[packed.grid]
     longest, shorter = _PROBE_LENGTHS
-    # Two rows of spread ids that every vocabulary has; the second row's end is padding.
-    ids = (torch.arange(2 * longest, device=device) * 7 + 5).remainder(vocabulary).view(2, longest)
     returned: list[list[int]] = [[] for _ in layers.modules]
 
     def watch(index: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -179,27 +240,59 @@ def _split_and_probe(model: PreTrainedModel, layer: int) -> Split:
         raise ModelError(
             f"{name} is refused: its layers ({layers.prefix}) do not each run exactly once in a pass"
         )
-    split = Split(model, layers, layer, tuple(lengths[0] for lengths in returned))
-    rows = torch.tensor([0, 0, 1], device=device)
-    columns = torch.tensor([1, longest - 1, shorter - 1], device=device)
-    with torch.no_grad():
-        hidden = split.prefix(ids)
-        # State that a layer keeps for a later one must not happen to fit the probe.
-        split.prefix(ids.flip(0))
-        with split.tail() as tail:
-            logits = tail(ids, hidden, rows, columns)
-    # Same batch, same kernels: equal but for the head's different number of rows.
-    _refuse_unless_close(name, "its tail does not equal its full forward", logits, full[rows, columns])
     _refuse_unless_close(name, "right padding changes its logits", alone[:, -1], full[1:, shorter - 1])
-    return split
+    lengths = tuple(lengths[0] for lengths in returned)
+    # Also where the second sequence leaves the first, and the node before stands elsewhere.
+    rows = torch.tensor([0, 0, 1, 1], device=device)
+    columns = torch.tensor([1, longest - 1, _PROBE_SHARED, shorter - 1], device=device)
+    asked, expected = packed.grid[rows, columns], full[rows, columns]
+    # The cheapest way of running the tail that gives the model's own logits.
+    longest_packed = longest_unwindowed(model)
+    lengths_packed = (longest_packed, 0) if longest_packed >= longest else (0,)
+    ways = product(lengths_packed, (find_pointwise(layers.modules[-1]), ()))
+    splits = [Split(model, layers, layer, lengths, attention_configs(model), *way) for way in ways]
+    for split in splits[:-1]:
+        try:
+            _probe(split, packed, asked, expected)
+        except Exception:
+            continue
+        return split
+    _probe(splits[-1], packed, asked, expected)
+    return splits[-1]
 
 
-def _restore_forward(layer: nn.Module, own: Callable[..., Any] | None) -> None:
-    # Other libraries' hooks may have given the layer a forward of its own.
-    if own is None:
-        del layer.forward
-    else:
-        layer.forward = own
+def _probe_sequences(model: PreTrainedModel) -> Packed:
+    """Make two sequences of spread ids that every vocabulary has."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    longest, shorter = _PROBE_LENGTHS
+    first = [(index * 7 + 5) % vocabulary for index in range(longest)]
+    second = [(index * 7 + 5) % vocabulary for index in range(longest, longest + shorter)]
+    packed, _ = merge_prefixes([first, first[:_PROBE_SHARED] + second[_PROBE_SHARED:]]).pack([0, 1])
+    return packed
+
+
+def _probe(split: Split, packed: Packed, asked: Tensor, expected: Tensor) -> None:
+    """Refuse a split whose tail does not give the full forward's logits (M, V) at asked nodes (M,)."""
+    with torch.no_grad():
+        hidden = split.prefix(packed)
+        # State that a layer keeps for a later one must not happen to fit the probe.
+        split.prefix(Packed(packed.ids.flip(0), packed.positions, packed.grid, packed.home))
+        with split.tail() as tail:
+            logits = tail(packed, hidden, asked)
+    name = type(split.model).__name__
+    _refuse_unless_close(name, "its tail does not equal its full forward", logits, expected)
+
+
+def _at_places(forward: Callable[[Tensor], Tensor], state: dict[str, Tensor]) -> Callable[..., Any]:
+    """Let a module run at the asked places only, and give zero elsewhere."""
+
+    def run(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        flat, places = states.flatten(0, 1), state["places"]
+        found = forward(flat.index_select(0, places)[None], *args, **kwargs)[0]
+        whole = found.new_zeros(len(flat), *found.shape[1:]).index_copy(0, places, found)
+        return whole.view(*states.shape[:2], *found.shape[1:])
+
+    return run
 
 
 def _pass_through(tuple_length: int) -> Callable[..., Any]:

@@ -12,6 +12,8 @@ from locft.errors import LocationError, ModelError
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff", "feedforward")
 DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "linear2", "wo")
+# Projections of an attention whose result at a position is used at that position alone.
+POINTWISE_NAMES = ("q_proj", "o_proj", "out_proj", "dense")
 UP_NAMES = ("up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3", "linear1", "wi")
 
 
@@ -93,6 +95,23 @@ def find_parameters(layers: Layers, layer: int, module: str) -> tuple[str, ...]:
             raise LocationError(f"{place}.{child} is no single matrix: choose another module")
         names = [f"{place}.{child}.weight"]
     return tuple(sorted(names))
+
+
+def find_pointwise(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """Find the parts of a layer that work position by position: its MLP, and projections of attention.
+
+    Args:
+        layer: A decoder layer.
+
+    Returns:
+        Those that have a usual name. What other layers name so may be something else: a probe must tell.
+    """
+    container = _mlp_container(layer)
+    parts = [layer.get_submodule(container)] if container else []
+    for name, child in layer.named_children():
+        if name in ATTENTION_NAMES:
+            parts += [part for part_name, part in child.named_children() if part_name in POINTWISE_NAMES]
+    return tuple(parts)
 
 
 def _mlp_container(layer: nn.Module) -> str | None:

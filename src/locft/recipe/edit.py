@@ -43,8 +43,8 @@ from locft.recipe.run_folder import TRAINING_FILE, save_scored, save_trained
 from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo
 from locft.report.words import counted
 from locft.train.cache import build_cache
-from locft.train.defaults import choose_schedule
-from locft.train.loop import Epoch, Schedule, train_breadth_first
+from locft.train.defaults import choose_engine, choose_schedule
+from locft.train.loop import Engine, Epoch, Schedule, train_breadth_first
 from locft.types import Edit
 
 
@@ -109,6 +109,7 @@ def _edit(
     say_warnings(gathered, warnings, say)
     location = resolve_location(network, config.location)
     weights = map_parameters(network, subject.entries, location.parameters)
+    engine = choose_engine(config, network)
     split = split_model(network, location.layer)
     model_info = describe_model(subject.loaded)
     watch.lap("load")
@@ -126,7 +127,8 @@ def _edit(
             f"{counted(len(gathered.edits), 'edit')}: at most {schedule.epochs} epochs, batches of "
             f"{schedule.batch_size}, learning rate {schedule.lr:.3g}"
         )
-        cache = build_cache(split, [subject.codec.encode(edit) for edit in gathered.edits])
+        encoded = [subject.codec.encode(edit) for edit in gathered.edits]
+        cache = build_cache(split, encoded, staging)
         watch.lap("cache")
         with (staging / TRAINING_FILE).open("w", encoding="utf-8") as log:
 
@@ -135,12 +137,12 @@ def _edit(
                 log.flush()
 
             initial = weights.read()
-            trained = train_breadth_first(split, location, cache, schedule, write_epoch, initial)
+            trained = train_breadth_first(split, location, cache, schedule, write_epoch, initial, engine)
         watch.lap("train")
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
         dtypes = [weights.entries[name].dtype for name in weights.tensors]
-        manifest = _manifest(subject, location, config, gathered, schedule, dtypes)
+        manifest = _manifest(subject, location, config, gathered, schedule, engine, dtypes)
         patch, changes = make_patch(weights, trained.matrices, manifest)
         save_trained(staging, patch, gathered.edits, config)
     del subject, network, split, cache  # a large model fits into memory once
@@ -201,6 +203,7 @@ def _manifest(
     config: RunConfig,
     gathered: GatheredEdits,
     schedule: Schedule,
+    engine: Engine,
     dtypes: Sequence[str],
 ) -> PatchManifest:
     """Describe the patch by what decides its bytes: no time, no hardware, no setting of the scores."""
@@ -219,7 +222,9 @@ def _manifest(
         dtype=", ".join(sorted(set(dtypes))),
         settings={
             **{name: value for name, value in asdict(resolved).items() if name in method},
-            "dtype": str(subject.loaded.model.dtype).removeprefix("torch."),
+            "dtype": (dtype := str(subject.loaded.model.dtype).removeprefix("torch.")),
+            "compute_dtype": "bfloat16" if engine.in_bfloat16 else dtype,
+            "compile": "off" if engine.compiled is None else "on",
         },
         num_edits=len(gathered.edits),
         edits_sha256=gathered.sha256,

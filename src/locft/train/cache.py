@@ -1,95 +1,162 @@
-"""Keeps what the frozen prefix hands on for every training example: computed once, read often."""
+"""Keeps what the frozen prefix hands on for every training example: computed once, read often.
 
-from collections.abc import Sequence
+It lies in a file without a name, mapped into memory: however many edits there are, the system may drop
+any part of it and read it again, and it is gone when the process ends, however that ends.
+"""
+
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from locft.data.encode import Encoded
+from locft.errors import InputError
+from locft.model.packing import Packed, PrefixTree, merge_prefixes
 from locft.model.split import Split
 from locft.progress import progress
 
 # Tokens per pass of the prefix: enough to fill the machine, little enough to fit it.
-_TOKENS_PER_PASS = 4096
+_TOKENS_PER_PASS = 2048
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples, right-padded to the longest. B examples, T tokens, D width, M target tokens.
+    """Examples, packed. N nodes, D width, M target tokens.
 
     Attributes:
-        ids: (B, T) token ids.
-        hidden: (B, T, D) what the prefix hands on; zero at padding.
-        rows: (M,) the example of each target token.
-        columns: (M,) the position that predicts it.
-        labels: (M,) the target token.
+        packed: The examples' inputs: all their tokens but the last, from which nothing is predicted.
+        hidden: (N, ...) what the prefix hands on for each node, usually (N, D).
+        asked: (M,) the node that predicts each target token.
+        rows: (M,) the example that each belongs to, from 0.
+        labels: (M,) the target tokens.
     """
 
-    ids: Tensor
+    packed: Packed
     hidden: Tensor
+    asked: Tensor
     rows: Tensor
-    columns: Tensor
     labels: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples it holds."""
+        return len(self.packed.grid)
 
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """The examples with the hidden states that enter the tuned layer.
+    """The examples, with the hidden states that enter the tuned layer. Made by `build_cache`.
 
     Attributes:
-        examples: The examples.
-        hidden: For each example (T, D), without padding, in the model's dtype and on its device.
+        tree: The prefix tree of the examples' inputs.
+        hidden: (nodes of the tree, ...) their hidden states, in the model's dtype, on the CPU.
+        labels: The target tokens of all examples, one example after the other.
+        starts: Where each example's begin in `labels`, and where the last one's end.
+        device: Where batches go.
     """
 
-    examples: tuple[Encoded, ...]
-    hidden: tuple[Tensor, ...]
+    tree: PrefixTree
+    hidden: Tensor
+    labels: np.ndarray
+    starts: np.ndarray
+    device: torch.device
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples it holds."""
+        return len(self.starts) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """How large it is on the disk."""
+        return self.hidden.nbytes
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Put some examples together, padded on the right."""
-        chosen = [self.examples[index] for index in indices]
-        hidden = torch.nn.utils.rnn.pad_sequence(
-            [self.hidden[index] for index in indices], batch_first=True
+        """Put some examples together."""
+        packed, nodes = self.tree.pack(indices)
+        labels = [self.labels[self.starts[index] : self.starts[index + 1]] for index in indices]
+        counts = [len(of_example) for of_example in labels]
+        # A node predicts the token after it: the last ones of each example predict its targets.
+        asked = [self.tree.nodes_of(i)[-count:] for i, count in zip(indices, counts, strict=True)]
+        return Batch(
+            packed=packed.to(self.device),
+            hidden=self.hidden[torch.from_numpy(nodes)].to(self.device),
+            asked=torch.from_numpy(np.searchsorted(nodes, np.concatenate(asked))).to(self.device),
+            rows=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(self.device),
+            labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(self.device),
         )
-        # The logits at a position predict the next token.
-        positions = [
-            (row, column, example.ids[column + 1])
-            for row, example in enumerate(chosen)
-            for column in range(example.target_start - 1, len(example.ids) - 1)
-        ]
-        rows, columns, labels = torch.tensor(positions, device=hidden.device).unbind(dim=1)
-        return Batch(_pad(chosen, hidden.device), hidden, rows, columns, labels)
 
 
-def build_cache(split: Split, examples: Sequence[Encoded]) -> PrefixCache:
+def build_cache(split: Split, examples: Sequence[Encoded], folder: Path | None = None) -> PrefixCache:
     """Run the frozen prefix over all examples, once.
 
     Args:
         split: The model, split at the tuned layer.
         examples: What will be trained on.
+        folder: Where the file may lie; the system's folder for temporary files if None.
 
     Returns:
         The cache, in the order of `examples`.
+
+    Raises:
+        InputError: The disk has no room for it.
     """
     device = next(split.model.parameters()).device
-    hidden: list[Tensor] = [torch.empty(0)] * len(examples)
-    # Sorted by length, so that little is padded.
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+    tree = merge_prefixes([example.ids[:-1] for example in examples])
+    targets = [example.ids[example.target_start :] for example in examples]
+    starts = np.zeros(len(examples) + 1, dtype=np.int64)
+    starts[1:] = np.cumsum([len(tokens) for tokens in targets])
+    labels = np.fromiter((token for tokens in targets for token in tokens), np.int32, starts[-1])
+    hidden: Tensor | None = None
     with progress("caching the frozen layers", len(examples), "edits") as step:
-        while order:
-            longest = len(examples[order[-1]].ids)
-            taken = order[-max(1, _TOKENS_PER_PASS // longest) :]
-            del order[-len(taken) :]
-            states = split.prefix(_pad([examples[index] for index in taken], device))
-            for index, state in zip(taken, states, strict=True):
-                # A copy, so that the padded whole is not kept alive.
-                hidden[index] = state[: len(examples[index].ids)].clone()
-            step(len(taken))
-    return PrefixCache(tuple(examples), tuple(hidden))
+        for indices in _passes(tree):
+            packed, nodes = tree.pack(indices)
+            states = split.prefix(packed.to(device)).cpu()
+            if hidden is None:
+                hidden = _mapped((len(tree.tokens), *states.shape[1:]), states.dtype, folder)
+            hidden[torch.from_numpy(nodes)] = states
+            step(len(indices))
+    assert hidden is not None  # there is one example at least
+    return PrefixCache(tree, hidden, labels, starts, device)
 
 
-def _pad(examples: Sequence[Encoded], device: torch.device) -> Tensor:
-    # Which id pads does not matter: nothing looks at what stands to its right.
-    longest = max(len(example.ids) for example in examples)
-    rows = [[*example.ids, *[0] * (longest - len(example.ids))] for example in examples]
-    return torch.tensor(rows, device=device)
+def _passes(tree: PrefixTree) -> Iterator[list[int]]:
+    """Group examples that begin alike, as many as one pass may take."""
+    taken: list[int] = []
+    longest = 0
+    for index in tree.order.tolist():
+        length = len(tree.nodes_of(index))
+        if taken and (len(taken) + 1) * max(longest, length) > _TOKENS_PER_PASS:
+            yield taken
+            taken, longest = [], 0
+        taken.append(index)
+        longest = max(longest, length)
+    yield taken
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """Make a tensor in a file that has no name."""
+    place = Path(tempfile.gettempdir()) if folder is None else folder
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise InputError(
+            f"{place}: not enough disk space for the frozen layers' output: {num_bytes:,} bytes needed,"
+            f" {free:,} bytes free"
+        )
+    with tempfile.TemporaryFile(dir=place) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(
+                file.fileno(), 0, num_bytes
+            )  # a full disk is an error now, not a crash later
+        else:
+            file.truncate(num_bytes)
+        mapped = mmap.mmap(file.fileno(), num_bytes)
+    return torch.frombuffer(mapped, dtype=dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Chooses learning rate and number of epochs where the user leaves them to us: one rule for all models.
+"""Chooses what the user leaves to us: learning rate and epochs by one rule for all models, and engine.
 
 The evidence stands in docs/defaults.md.
 """
@@ -6,8 +6,13 @@ The evidence stands in docs/defaults.md.
 import math
 from collections.abc import Sequence
 
+import torch
+from transformers import PreTrainedModel
+
 from locft.config import RunConfig
-from locft.train.loop import Schedule
+from locft.errors import ConfigError
+from locft.model.products import has_fast_bfloat16
+from locft.train.loop import Engine, Schedule
 
 _LR_SCALE = 0.08
 _EPOCH_LIMIT = 25
@@ -46,4 +51,37 @@ def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence
         stop_loss=config.stop_loss,
         loss_mean=config.loss_mean,
         seed=config.seed,
+    )
+
+
+def choose_engine(
+    config: RunConfig, model: PreTrainedModel, device: torch.device | None = None
+) -> Engine:
+    """Resolve every `auto` of the settings that say what training computes with.
+
+    Args:
+        config: The settings.
+        model: The model.
+        device: Where it will run; where it is if None.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ConfigError: A bfloat16 model is to compute in float32.
+    """
+    if model.dtype == torch.bfloat16 and config.compute_dtype == "float32":
+        raise ConfigError(
+            "compute_dtype float32 is for float32 weights, and this model's are bfloat16: add --dtype"
+            " float32, or leave --compute-dtype out"
+        )
+    kind = (device or model.device).type
+    wants_bfloat16 = config.compute_dtype == "bfloat16" or (
+        # Elsewhere a model's own dtype is the way to choose.
+        config.compute_dtype == "auto" and kind == "cpu" and has_fast_bfloat16()
+    )
+    is_compiled = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
+    return Engine(
+        in_bfloat16=wants_bfloat16 and model.dtype == torch.float32,
+        compiled="inductor" if is_compiled else None,
     )

@@ -38,6 +38,19 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What the tail computes with.
+
+    Attributes:
+        in_bfloat16: Whether a float32 model's products have bfloat16 factors.
+        compiled: The backend of torch.compile that each layer is compiled with; None for none.
+    """
+
+    in_bfloat16: bool = False
+    compiled: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Epoch:
     """What one epoch did: its number from 1, steps, mean loss over the examples (nats)."""
 
@@ -68,6 +81,7 @@ def train_breadth_first(
     schedule: Schedule,
     on_epoch: Callable[[Epoch], None] = lambda _: None,
     initial: Mapping[str, Tensor] | None = None,
+    engine: Engine = Engine(),
 ) -> Trained:
     """Train a tuning location on cached prefix states.
 
@@ -82,6 +96,7 @@ def train_breadth_first(
         on_epoch: Called after each epoch.
         initial: Where the tuned parameters start from, by name, where the model holds them rounded to
             its own dtype; the model's own values if None.
+        engine: What the tail computes with.
 
     Returns:
         The trained matrices and the course of the loss.
@@ -97,12 +112,12 @@ def train_breadth_first(
     ]
     # Fused: one pass over each matrix instead of one for every term of the update.
     optimizer = torch.optim.Adam(masters, lr=schedule.lr, fused=True)
-    num_examples = len(cache.examples)
+    num_examples = cache.num_examples
     orders = shuffled_batches(num_examples, schedule.batch_size, schedule.seed)
     epochs: list[Epoch] = []
     with (
         _trainable(split.model, tuned),
-        split.tail() as tail,
+        split.tail(in_bfloat16=engine.in_bfloat16, compiled=engine.compiled) as tail,
         progress("training", schedule.epochs * num_examples, "edits") as advance,
     ):
         while len(epochs) < schedule.epochs:
@@ -111,7 +126,7 @@ def train_breadth_first(
             for number, indices in enumerate(batches):
                 place = f"epoch {len(epochs) + 1}, step {number + 1} of {len(batches)}"
                 batch = cache.batch(indices)
-                logits = tail(batch.ids, batch.hidden, batch.rows, batch.columns)
+                logits = tail(batch.packed, batch.hidden, batch.asked)
                 loss = target_loss(logits, batch.labels, batch.rows, schedule.loss_mean)
                 value = loss.item()
                 _require_finite("loss", torch.tensor(value), place)
@@ -127,8 +142,8 @@ def train_breadth_first(
                     for name, parameter, master in zip(location.parameters, tuned, masters, strict=True):
                         _require_finite(f"weight {name}", master, place)
                         parameter.copy_(master)
-                total += value * len(batch.ids)
-                advance(len(batch.ids), note=f"loss {value:.3f}")
+                total += value * batch.num_examples
+                advance(batch.num_examples, note=f"loss {value:.3f}")
             epochs.append(
                 Epoch(
                     epoch=len(epochs) + 1,

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,27 +7,49 @@ import torch
 from conftest import make_model, tiny_llama_config
 from test_structure_and_location import FAMILIES, family_config
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedModel
+from transformers import AlbertConfig, AlbertForMaskedLM, MistralConfig, PreTrainedModel
 
 from locft.errors import ModelError
 from locft.model.location import resolve_location
-from locft.model.split import split_model
+from locft.model.packing import Packed, merge_prefixes
+from locft.model.split import Split, split_model
 from locft.model.structure import find_layers
 
-LENGTHS = (13, 5, 9, 1)
+LENGTHS = (13, 5, 9, 1, 11)
 
 
-def padded_batch() -> Tensor:
-    """Rows of mixed lengths, padded on the right with ids that are as good as any others."""
-    return torch.randint(
-        3, 384, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1)
-    )
+def make_sequences() -> list[list[int]]:
+    """Sequences of mixed lengths; the last begins like the first, and ends otherwise."""
+    ids = torch.randint(3, 384, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    sequences = [row[:length].tolist() for row, length in zip(ids, LENGTHS, strict=True)]
+    sequences[-1][:4] = sequences[0][:4]
+    return sequences
+
+
+def packed_batch(sequences: Sequence[Sequence[int]] | None = None) -> Packed:
+    sequences = make_sequences() if sequences is None else sequences
+    return merge_prefixes(sequences).pack(range(len(sequences)))[0]
+
+
+def padded_ids() -> Tensor:
+    """The same sequences, padded on the right with an id that is as good as any other."""
+    rows = [torch.tensor(sequence) for sequence in make_sequences()]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
 
 
 def real_positions() -> tuple[Tensor, Tensor]:
     places = [(row, column) for row, length in enumerate(LENGTHS) for column in range(length)]
     rows, columns = torch.tensor(places).unbind(dim=1)
     return rows, columns
+
+
+def asked_nodes() -> Tensor:
+    """The nodes of all real positions; those of a common beginning more than once."""
+    return packed_batch().grid[real_positions()]
+
+
+def unpackable(split: Split) -> Split:
+    return replace(split, longest_packed=0)
 
 
 def count_runs(modules: Sequence[nn.Module]) -> list[int]:
@@ -56,60 +79,56 @@ def forwards_and_hooks(model: nn.Module) -> dict[str, tuple[bool, int, int]]:
 def test_the_tail_equals_the_full_forward_and_so_do_its_gradients(family: str, layer: int) -> None:
     model = make_model(family_config(family))
     tuned = model.get_parameter(resolve_location(model, f"{layer}.mlp.down").parameters[0])
-    ids = padded_batch()
     rows, columns = real_positions()
     labels = torch.randint(0, 384, rows.shape, generator=torch.Generator().manual_seed(2))
-
-    split = split_model(model, layer)
-    # Each row alone and unpadded, as the cache may hold it.
-    alone = [split.prefix(ids[row : row + 1, :length])[0] for row, length in enumerate(LENGTHS)]
-    hidden = nn.utils.rnn.pad_sequence(alone, batch_first=True)
-    assert not hidden.requires_grad
+    packed, asked = packed_batch(), asked_nodes()
+    model.requires_grad_(False)
     tuned.requires_grad_(True)
-    with split.tail() as tail:
-        logits = tail(ids, hidden, rows, columns)
-        (got,) = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), tuned)
-    full = model(input_ids=ids, use_cache=False).logits[rows, columns]
+    full = model(input_ids=padded_ids(), use_cache=False).logits[rows, columns]
     (expected,) = torch.autograd.grad(nn.functional.cross_entropy(full, labels), tuned)
-
-    assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
     assert expected.abs().max() > 0
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    # And the padded rows equal the rows alone, without a mask.
-    for row, length in enumerate(LENGTHS):
-        single = model(input_ids=ids[row : row + 1, :length], use_cache=False).logits[0]
+
+    chosen = split_model(model, layer)
+    for split in (chosen, unpackable(chosen), replace(chosen, pointwise=())):
+        hidden = split.prefix(packed)
+        assert not hidden.requires_grad
+        with split.tail() as tail:
+            logits = tail(packed, hidden, asked)
+            (got,) = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), tuned)
+        assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # And the sequences together equal each alone.
+    for row, sequence in enumerate(make_sequences()):
+        single = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
         assert (logits[rows == row] - single).abs().max() <= 1e-5 * full.abs().max()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_gradients_of_every_tensor_of_an_entire_layer_equal_the_full_forwards(family: str) -> None:
-    model = make_model(family_config(family))
-    names = resolve_location(model, "1").parameters
-    tuned = [model.get_parameter(name).requires_grad_(True) for name in names]
-    ids = padded_batch()
-    rows, columns = real_positions()
-    split = split_model(model, 1)
-    hidden = split.prefix(ids)
-    with split.tail() as tail:
-        logits = tail(ids, hidden, rows, columns)
-        got = torch.autograd.grad(logits.logsumexp(-1).sum(), tuned)
-    full = model(input_ids=ids, use_cache=False).logits[rows, columns]
-    expected = torch.autograd.grad(full.logsumexp(-1).sum(), tuned)
-    scale = max(gradient.abs().max() for gradient in expected)
-    for name, ours, theirs in zip(names, got, expected, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-5 * scale, name
+    for layer in (1, 2):
+        model = make_model(family_config(family))
+        names = resolve_location(model, str(layer)).parameters
+        tuned = [model.get_parameter(name).requires_grad_(True) for name in names]
+        split = split_model(model, layer)
+        hidden = split.prefix(packed_batch())
+        with split.tail() as tail:
+            logits = tail(packed_batch(), hidden, asked_nodes())
+            got = torch.autograd.grad(logits.logsumexp(-1).sum(), tuned)
+        full = model(input_ids=padded_ids(), use_cache=False).logits[real_positions()]
+        expected = torch.autograd.grad(full.logsumexp(-1).sum(), tuned)
+        scale = max(gradient.abs().max() for gradient in expected)
+        for name, ours, theirs in zip(names, got, expected, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * scale, name
 
 
 def test_a_bf16_model_splits_and_keeps_its_dtype() -> None:
     model = make_model(tiny_llama_config()).bfloat16()
-    ids = padded_batch()
-    rows, columns = real_positions()
     split = split_model(model, 1)
-    hidden = split.prefix(ids)
+    hidden = split.prefix(packed_batch())
     with torch.no_grad(), split.tail() as tail:
-        logits = tail(ids, hidden, rows, columns)
+        logits = tail(packed_batch(), hidden, asked_nodes())
     with torch.no_grad():
-        full = model(input_ids=ids, use_cache=False).logits[rows, columns]
+        full = model(input_ids=padded_ids(), use_cache=False).logits[real_positions()]
     assert hidden.dtype == logits.dtype == torch.bfloat16
     assert (logits - full).abs().max() <= 2e-2 * full.abs().max()
 
@@ -118,54 +137,70 @@ def test_a_bf16_model_splits_and_keeps_its_dtype() -> None:
 def test_the_prefix_holds_the_state_that_enters_the_layer(
     tiny_model: PreTrainedModel, layer: int
 ) -> None:
-    ids = padded_batch()
     with torch.no_grad():
-        states = tiny_model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-    assert torch.equal(split_model(tiny_model, layer).prefix(ids), states[layer])
+        output = tiny_model(input_ids=padded_ids(), use_cache=False, output_hidden_states=True)
+    expected = output.hidden_states[layer].flatten(0, 1)[packed_batch().home]
+    split = split_model(tiny_model, layer)
+    assert torch.equal(unpackable(split).prefix(packed_batch()), expected)
+    torch.testing.assert_close(split.prefix(packed_batch()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_prefix_runs_no_layer_from_the_split_on(tiny_model: PreTrainedModel) -> None:
     split = split_model(tiny_model, 1)
     runs = count_runs(split.layers.modules)
-    split.prefix(padded_batch())
+    split.prefix(packed_batch())
     assert runs == [1, 0, 0]
 
 
 def test_the_tail_runs_nothing_inside_the_layers_below(tiny_model: PreTrainedModel) -> None:
     split = split_model(tiny_model, 1)
-    hidden = split.prefix(padded_batch())
+    hidden = split.prefix(packed_batch())
     runs = count_runs([layer.get_submodule("mlp") for layer in split.layers.modules])
     with torch.no_grad(), split.tail() as tail:
-        tail(padded_batch(), hidden, *real_positions())
+        tail(packed_batch(), hidden, asked_nodes())
     assert runs == [0, 1, 1]
 
 
-def test_the_tail_computes_only_the_logits_asked_for(tiny_model: PreTrainedModel) -> None:
-    split = split_model(tiny_model, 1)
-    ids = padded_batch()
-    hidden = split.prefix(ids)
+def shapes_seen(module: nn.Module) -> list[torch.Size]:
+    """Note, from now on, what a module gives."""
     seen: list[torch.Size] = []
 
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
         seen.append(output.shape)
 
-    tiny_model.get_output_embeddings().register_forward_hook(note)
+    module.register_forward_hook(note)
+    return seen
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_the_tail_computes_only_what_the_logits_asked_for_depend_on(
+    tiny_model: PreTrainedModel, is_packed: bool
+) -> None:
+    chosen = split_model(tiny_model, 1)
+    split = chosen if is_packed else unpackable(chosen)
+    packed = packed_batch()
+    hidden = split.prefix(packed)
+    layers = [layer.get_submodule("mlp.down_proj") for layer in split.layers.modules]
+    head, middle, last = map(shapes_seen, (tiny_model.get_output_embeddings(), *layers[1:]))
     with torch.no_grad(), split.tail() as tail:
-        logits = tail(ids, hidden, torch.tensor([2, 0]), torch.tensor([8, 3]))
-    assert logits.shape == (2, 384)
-    assert seen == [(1, 2, 384)]
+        logits = tail(packed, hidden, packed.grid[[2, 0, 2], [8, 3, 8]])
+    assert logits.shape == (3, 384)
+    assert head == [(1, 3, 384)]
+    assert torch.equal(logits[0], logits[2])
+    assert last == [(1, 2, 32)]  # one of the nodes was asked twice
+    num_distinct = sum(LENGTHS) - 4
+    assert middle == ([(1, num_distinct, 32)] if is_packed else [(*packed.grid.shape, 32)])
 
 
 def test_the_tail_reads_the_state_it_is_given(tiny_model: PreTrainedModel) -> None:
     # Without this the tests of equality would also pass for a tail that ran the layers itself.
     split = split_model(tiny_model, 1)
-    ids = padded_batch()
-    hidden = split.prefix(ids)
-    positions = real_positions()
+    packed, asked = packed_batch(), asked_nodes()
+    hidden = split.prefix(packed)
     with torch.no_grad(), split.tail() as tail:
-        first = tail(ids, hidden, *positions)
-        other = tail(ids, hidden.flip(0), *positions)
-        again = tail(ids, hidden, *positions)
+        first = tail(packed, hidden, asked)
+        other = tail(packed, hidden.flip(0), asked)
+        again = tail(packed, hidden, asked)
     assert not torch.allclose(first, other, atol=1e-3)
     assert torch.equal(first, again)
 
@@ -174,17 +209,18 @@ def test_the_tail_reads_the_state_it_is_given(tiny_model: PreTrainedModel) -> No
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_model_is_its_old_self_after_the_body(family: str, fails: bool) -> None:
     model = make_model(family_config(family))
-    ids = padded_batch()
+    ids, packed = padded_ids(), packed_batch()
     with torch.no_grad():
         logits_before = model(input_ids=ids, use_cache=False).logits
+    kind = model.config._attn_implementation
     before = forwards_and_hooks(model)
     split = split_model(model, 2)
     assert forwards_and_hooks(model) == before
-    hidden = split.prefix(ids)
+    hidden = split.prefix(packed)
     assert forwards_and_hooks(model) == before
     try:
-        with torch.no_grad(), split.tail() as tail:
-            tail(ids, hidden, *real_positions())
+        with torch.no_grad(), split.tail(in_bfloat16=family == "llama") as tail:
+            tail(packed, hidden, asked_nodes())
             assert forwards_and_hooks(model) != before
             if fails:
                 raise RuntimeError("the body fails")
@@ -193,14 +229,16 @@ def test_the_model_is_its_old_self_after_the_body(family: str, fails: bool) -> N
     assert forwards_and_hooks(model) == before
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits_before)
+    assert model.config._attn_implementation == kind
 
 
 def test_the_model_is_restored_if_the_prefix_itself_fails(tiny_model: PreTrainedModel) -> None:
     split = split_model(tiny_model, 1)
     before = forwards_and_hooks(tiny_model)
     with pytest.raises(IndexError):
-        split.prefix(torch.tensor([[5, 384]]))  # beyond the vocabulary
+        split.prefix(packed_batch([[5, 384]]))  # beyond the vocabulary
     assert forwards_and_hooks(tiny_model) == before
+    assert tiny_model.config._attn_implementation == "sdpa"
 
 
 def test_a_forward_of_the_layers_own_is_put_back(tiny_model: PreTrainedModel) -> None:
@@ -215,17 +253,115 @@ def test_a_forward_of_the_layers_own_is_put_back(tiny_model: PreTrainedModel) ->
     assert layer.forward is wrapped
 
 
-def test_models_of_one_batch_after_another_do_not_mix(tiny_model: PreTrainedModel) -> None:
+def test_one_batch_after_another_do_not_mix(tiny_model: PreTrainedModel) -> None:
     split = split_model(tiny_model, 1)
-    ids = padded_batch()
-    rows, columns = torch.tensor([0]), torch.tensor([4])
+    rows = [sequence[:5] for sequence in make_sequences()[:2]]
     with torch.no_grad():
-        expected = [tiny_model(input_ids=ids[row : row + 1, :5]).logits[0, 4] for row in (0, 1)]
-        hidden = [split.prefix(ids[row : row + 1, :5]) for row in (0, 1)]
+        expected = [tiny_model(input_ids=torch.tensor([row])).logits[0, 4] for row in rows]
+        hidden = [split.prefix(packed_batch([row])) for row in rows]
         with split.tail() as tail:
-            got = [tail(ids[row : row + 1, :5], hidden[row], rows, columns)[0] for row in (0, 1)]
+            got = [
+                tail(packed_batch([row]), states, torch.tensor([4]))[0]
+                for row, states in zip(rows, hidden, strict=True)
+            ]
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def is_packable(model: PreTrainedModel) -> bool:
+    return split_model(model, 1).longest_packed > 0
+
+
+def test_families_that_attend_through_the_common_interface_are_packed() -> None:
+    packable = {family for family in FAMILIES if is_packable(make_model(family_config(family)))}
+    assert {"llama", "gpt2", "qwen2", "qwen3"} <= packable
+
+
+def test_a_layer_that_mixes_neighbours_is_run_padded(tiny_model: PreTrainedModel) -> None:
+    # As convolutions and recurrent layers do: packed, the neighbour may be of another sequence.
+    def mix(hidden: Tensor, _: dict[str, Any]) -> Tensor:
+        return hidden + nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+
+    patch_layer(tiny_model, 1, mix)
+    split = split_model(tiny_model, 1)
+    assert split.longest_packed == 0
+    assert split.pointwise
+
+
+def test_a_window_shorter_than_the_probe_is_never_packed() -> None:
+    config = MistralConfig(**{**tiny_llama_config().to_dict(), "sliding_window": 8, "head_dim": 8})
+    assert split_model(make_model(config), 1).longest_packed == 0
+
+
+def test_an_mlp_that_mixes_neighbours_is_run_whole(tiny_model: PreTrainedModel) -> None:
+    mlp = find_layers(tiny_model).modules[2].get_submodule("mlp")
+    own = mlp.forward
+    mlp.forward = lambda states: own(states + nn.functional.pad(states, (0, 0, 1, 0))[:, :-1])
+    split = split_model(tiny_model, 1)
+    assert (split.longest_packed, split.pointwise) == (0, ())
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1], ids=["own keys", "shared keys", "one key"])
+@pytest.mark.parametrize("longest", [20, 100], ids=["short", "long"])
+def test_packed_attention_equals_padded_attention(longest: int, heads: int) -> None:
+    model = make_model(tiny_llama_config(num_key_value_heads=heads))
+    sequences = [[5 + i % 300 for i in range(longest)], [5, 6, 7, 50], [9] * (longest // 2)]
+    packed = packed_batch(sequences)
+    split = split_model(model, 2)
+    torch.testing.assert_close(
+        split.prefix(packed), unpackable(split).prefix(packed), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_sequences_longer_than_a_layers_window_are_run_padded() -> None:
+    config = MistralConfig(**{**tiny_llama_config().to_dict(), "sliding_window": 12, "head_dim": 8})
+    model = make_model(config)
+    split = split_model(model, 1)
+    assert split.longest_packed == 12
+    rows, columns = real_positions()
+    hidden = split.prefix(packed_batch())
+    with torch.no_grad(), split.tail() as tail:
+        logits = tail(packed_batch(), hidden, asked_nodes())
+    full = model(input_ids=padded_ids(), use_cache=False).logits[rows, columns]
+    assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_products_in_bfloat16_stay_close_to_those_in_float32(family: str, layer: int) -> None:
+    model = make_model(family_config(family))
+    names = resolve_location(model, f"{layer}.mlp").parameters
+    model.requires_grad_(False)
+    tuned = [model.get_parameter(name).requires_grad_(True) for name in names]
+    split = split_model(model, layer)
+    hidden = split.prefix(packed_batch())
+    found = []
+    for in_bfloat16 in (False, True):
+        with split.tail(in_bfloat16=in_bfloat16) as tail:
+            logits = tail(packed_batch(), hidden, asked_nodes())
+            gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), tuned)
+        assert logits.dtype == gradients[0].dtype == torch.float32
+        found.append((logits, *gradients))
+    scale = max(gradient.abs().max() for gradient in found[0][1:])
+    assert not torch.equal(found[0][0], found[1][0])
+    assert (found[0][0] - found[1][0]).abs().max() <= 0.02 * found[0][0].abs().max()
+    for exact, rounded in zip(found[0][1:], found[1][1:], strict=True):
+        assert (exact - rounded).abs().max() <= 0.03 * scale
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
+def test_a_compiled_tail_equals_the_plain_one(tiny_model: PreTrainedModel) -> None:
+    split = split_model(tiny_model, 1)
+    hidden = split.prefix(packed_batch())
+    tiny_model.requires_grad_(False)
+    tuned = tiny_model.get_parameter("model.layers.1.mlp.down_proj.weight").requires_grad_(True)
+    found = []
+    for compiled in (None, "eager"):  # traced as for every backend, without code made of it
+        with split.tail(compiled=compiled) as tail:
+            logits = tail(packed_batch(), hidden, asked_nodes())
+            found.append((logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), tuned)))
+    for plain, traced in zip(*found, strict=True):
+        torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
 
 
 def refused(model: PreTrainedModel, layer: int, reason: str) -> None:

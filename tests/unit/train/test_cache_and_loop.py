@@ -1,5 +1,7 @@
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +14,15 @@ from transformers import PreTrainedModel
 
 from locft.config import RunConfig
 from locft.data.encode import Encoded
-from locft.errors import TrainingError
+from locft.errors import ConfigError, InputError, TrainingError
 from locft.model.location import Location, resolve_location
+from locft.model.packing import Packed, merge_prefixes
 from locft.model.split import Split, split_model
 from locft.train import cache as cache_module
-from locft.train import loop
+from locft.train import defaults, loop
 from locft.train.cache import PrefixCache, build_cache
-from locft.train.defaults import choose_schedule
-from locft.train.loop import Epoch, Schedule, Trained, train_breadth_first
+from locft.train.defaults import choose_engine, choose_schedule
+from locft.train.loop import Engine, Epoch, Schedule, Trained, train_breadth_first
 from locft.train.objective import LossMean, target_loss
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -71,32 +74,63 @@ def losses(trained: Trained) -> list[float]:
 # Cache
 
 
-def test_a_batch_points_at_each_target_and_the_position_before_it(tiny_model: PreTrainedModel) -> None:
+def test_a_batch_asks_the_node_before_each_target(tiny_model: PreTrainedModel) -> None:
     _, _, cache = prepare(tiny_model)
     batch = cache.batch([3, 0])
     third, first = EXAMPLES[3].ids, EXAMPLES[0].ids  # 1 + 2 and 5 + 3 tokens
-    assert batch.ids.tolist() == [[*third, *batch.ids[0, 3:].tolist()], list(first)]
-    assert batch.ids.shape == (2, 8)
+    ids = batch.packed.ids[batch.packed.grid]
+    assert ids.shape == (2, 7)
+    assert ids[0, :2].tolist() == list(third[:-1])
+    assert ids[1].tolist() == list(first[:-1])
+    assert batch.num_examples == 2
     assert batch.rows.tolist() == [0, 0, 1, 1, 1]
-    assert batch.columns.tolist() == [0, 1, 4, 5, 6]
+    assert batch.asked.tolist() == batch.packed.grid[[0, 0, 1, 1, 1], [0, 1, 4, 5, 6]].tolist()
     assert batch.labels.tolist() == [third[1], third[2], first[5], first[6], first[7]]
-    assert torch.equal(batch.hidden[0, :3], cache.hidden[3])
-    assert not batch.hidden[0, 3:].any()
-    assert torch.equal(batch.hidden[1], cache.hidden[0])
+    assert torch.equal(batch.hidden[batch.packed.grid[1]], cache.hidden[cache.tree.nodes_of(0)])
+
+
+@given(
+    sequences=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_packed_batch_holds_every_distinct_beginning_once(
+    sequences: list[list[int]], data: st.DataObject
+) -> None:
+    tree = merge_prefixes(sequences)
+    assert len(tree.tokens) == len({tuple(s[: i + 1]) for s in sequences for i in range(len(s))})
+    chosen = data.draw(st.lists(st.integers(0, len(sequences) - 1), min_size=1, max_size=6))
+    packed, nodes = tree.pack(chosen)
+    beginnings = [tuple(sequences[i][: k + 1]) for i in chosen for k in range(len(sequences[i]))]
+    assert len(packed.ids) == len(packed.positions) == len(nodes) == len(set(beginnings))
+    behind: dict[int, tuple[int, ...]] = {}
+    for row, index in enumerate(chosen):
+        sequence = sequences[index]
+        mine = packed.grid[row, : len(sequence)]
+        assert packed.ids[mine].tolist() == sequence
+        assert packed.positions[mine].tolist() == list(range(len(sequence)))
+        assert nodes[mine.numpy()].tolist() == tree.nodes_of(index).tolist()
+        for column, node in enumerate(mine.tolist()):
+            beginning = tuple(sequence[: column + 1])
+            assert behind.setdefault(node, beginning) == beginning
+    # A node is at home where it stands.
+    assert torch.equal(packed.grid.flatten()[packed.home], torch.arange(len(nodes)))
+    longest = packed.grid.shape[1]
+    assert packed.positions.tolist() == (packed.home % longest).tolist()
+    assert all(home % longest < len(sequences[chosen[home // longest]]) for home in packed.home.tolist())
 
 
 @given(indices=st.lists(st.integers(0, len(EXAMPLES) - 1), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=30)
 def test_the_labels_of_any_batch_are_the_targets_in_order(indices: list[int]) -> None:
-    hidden = tuple(torch.full((len(example.ids), 2), float(i)) for i, example in enumerate(EXAMPLES))
-    batch = PrefixCache(EXAMPLES, hidden).batch(indices)
+    split: Any = FakeSplit()
+    batch = build_cache(split, EXAMPLES).batch(indices)
     for row, index in enumerate(indices):
         example = EXAMPLES[index]
         mine = batch.rows == row
         assert batch.labels[mine].tolist() == list(example.ids[example.target_start :])
-        follow = batch.ids[batch.rows[mine], batch.columns[mine] + 1]
-        assert torch.equal(follow, batch.labels[mine])
-        assert torch.equal(batch.hidden[row, : len(example.ids)], hidden[index])
+        places = [(batch.packed.grid[row] == node).nonzero()[0].item() for node in batch.asked[mine]]
+        assert places == list(range(example.target_start - 1, len(example.ids) - 1))
 
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 12, 30, 4096])
@@ -107,30 +141,64 @@ def test_the_cache_holds_each_examples_prefix_as_if_it_ran_alone(
     monkeypatch.setattr(cache_module, "_TOKENS_PER_PASS", tokens_per_pass)
     split = split_model(tiny_model, layer)
     cache = build_cache(split, EXAMPLES)
-    assert cache.examples == EXAMPLES
-    for example, hidden in zip(EXAMPLES, cache.hidden, strict=True):
-        alone = split.prefix(torch.tensor([example.ids]))[0]
-        torch.testing.assert_close(hidden, alone, rtol=1e-6, atol=1e-6)
-        assert not hidden.requires_grad
-        # A view would keep the padded whole alive.
-        assert hidden.untyped_storage().nbytes() == hidden.nbytes
+    assert cache.num_examples == len(EXAMPLES)
+    assert not cache.hidden.requires_grad
+    for index, example in enumerate(EXAMPLES):
+        alone, nodes = merge_prefixes([example.ids[:-1]]).pack([0])
+        expected = split.prefix(alone)[nodes]
+        torch.testing.assert_close(
+            cache.hidden[cache.tree.nodes_of(index)], expected, rtol=1e-5, atol=1e-6
+        )
+
+
+class FakeSplit:
+    """Hands on the position of each node; notes how many places each pass has."""
+
+    def __init__(self, num_features: int = 2) -> None:
+        self.model = torch.nn.Linear(1, 1)
+        self.sizes: list[int] = []
+        self.num_features = num_features
+
+    def prefix(self, packed: Packed) -> Tensor:
+        self.sizes.append(packed.grid.numel())
+        return packed.positions.float()[:, None].expand(-1, self.num_features)
 
 
 def test_no_pass_of_the_prefix_exceeds_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_TOKENS_PER_PASS", 16)
-    sizes: list[int] = []
-
-    class Counting:
-        model = torch.nn.Linear(1, 1)
-
-        def prefix(self, ids: Tensor) -> Tensor:
-            sizes.append(ids.numel())
-            return torch.zeros(*ids.shape, 2)
-
-    split: Any = Counting()
+    split: Any = FakeSplit()
     build_cache(split, EXAMPLES)
-    assert max(sizes) <= 16
-    assert len(sizes) < len(EXAMPLES)
+    assert max(split.sizes) <= 16
+    assert len(split.sizes) < len(EXAMPLES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_lies_in_a_file_without_a_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    split: Any = FakeSplit()
+    split.prefix = lambda packed: packed.positions[:, None, None].to(dtype).expand(-1, 2, 3)
+    cache = build_cache(split, EXAMPLES, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    num_nodes = len({example.ids[:i] for example in EXAMPLES for i in range(1, len(example.ids))})
+    assert cache.hidden.shape == (num_nodes, 2, 3)
+    assert cache.hidden.dtype == dtype
+    assert cache.num_bytes == num_nodes * 6 * dtype.itemsize
+    if Path("/proc/self/maps").exists():
+        mapped = [
+            line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+        ]
+        assert mapped
+        assert all("deleted" in line for line in mapped)
+
+
+def test_a_disk_without_room_for_the_cache_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split: Any = FakeSplit()
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10))
+    with pytest.raises(
+        InputError, match=r"not enough disk space .*: [\d,]+ bytes needed, 10 bytes free"
+    ):
+        build_cache(split, EXAMPLES, tmp_path)
 
 
 # Objective
@@ -462,3 +530,52 @@ def test_settings_of_the_users_win_over_every_rule() -> None:
         "seed": 11,
     }
     assert chosen(1, **options) == Schedule(**options)
+
+
+# The engine
+
+
+@pytest.mark.parametrize(
+    ("dtype", "setting", "is_fast", "in_bfloat16"),
+    [
+        (torch.float32, "auto", True, True),
+        (torch.float32, "auto", False, False),
+        (torch.float32, "float32", True, False),
+        (torch.float32, "bfloat16", False, True),
+        # There is nothing to round where weights are bfloat16 anyway.
+        (torch.bfloat16, "auto", True, False),
+        (torch.bfloat16, "bfloat16", True, False),
+    ],
+)
+def test_products_are_in_bfloat16_where_asked_or_where_the_processor_is_made_for_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, setting: Any, is_fast: bool, in_bfloat16: bool
+) -> None:
+    monkeypatch.setattr(defaults, "has_fast_bfloat16", lambda: is_fast)
+    model = make_model(tiny_llama_config())
+    if dtype == torch.bfloat16:
+        model = model.bfloat16()
+    engine = choose_engine(RunConfig(compute_dtype=setting), model)
+    assert engine == Engine(in_bfloat16=in_bfloat16, compiled=None)
+
+
+def test_bfloat16_weights_cannot_compute_in_float32() -> None:
+    model = make_model(tiny_llama_config()).bfloat16()
+    with pytest.raises(ConfigError, match="--dtype float32"):
+        choose_engine(RunConfig(compute_dtype="float32"), model)
+
+
+def test_layers_are_compiled_where_asked(tiny_model: PreTrainedModel) -> None:
+    assert choose_engine(RunConfig(compile="on"), tiny_model).compiled == "inductor"
+    assert choose_engine(RunConfig(compile="off"), tiny_model).compiled is None
+
+
+def test_losses_in_bfloat16_products_follow_those_in_float32() -> None:
+    found = []
+    for engine in (Engine(), Engine(in_bfloat16=True)):
+        prepared = prepare(make_model(tiny_llama_config()))
+        found.append(train_breadth_first(*prepared, schedule(epochs=10), engine=engine))
+    exact, rounded = map(losses, found)
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded[-1] < rounded[0]
+    assert all(trained.matrices[DOWN].dtype == torch.float32 for trained in found)

@@ -1,0 +1,125 @@
+"""Matrix products of frozen weights in bfloat16, where the processor has instructions for them.
+
+Activations, norms, attention and the residual stream stay float32; only the factors of each product
+are rounded. On such a processor that halves the time of a step, and losses differ in the third digit.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Product = Callable[[Tensor], Tensor]
+
+_USUAL_TOKENS = 256  # of a batch; which layout is best depends on it, a little
+
+
+def has_fast_bfloat16() -> bool:
+    """Tell whether the processor has instructions for products in bfloat16."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+@contextmanager
+def bfloat16_products(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """Let linear layers of a float32 model compute with bfloat16 factors while the body runs.
+
+    A frozen weight is rounded once, and laid out once for the products of both directions; one that
+    has a gradient is rounded anew in each pass, and its gradient is float32.
+
+    Args:
+        linears: The layers; float32.
+    """
+    with ExitStack() as undo:
+        for linear in linears:
+            replace_forward(undo, linear, _forward_of(linear))
+        yield
+
+
+def replace_forward(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give a module another forward until a stack unwinds.
+
+    Args:
+        undo: The stack.
+        module: The module. Other libraries' hooks may have given it a forward of its own before.
+        forward: The other one.
+    """
+    undo.callback(_restore_forward, module, vars(module).get("forward"))
+    module.__dict__["forward"] = forward
+
+
+def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    if own is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = own
+
+
+def _forward_of(linear: nn.Linear) -> Product:
+    weight, bias = linear.weight, linear.bias
+    if weight.requires_grad:
+
+        def multiply(x: Tensor) -> Tensor:
+            return _Tuned.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+    else:
+        rounded = weight.detach().bfloat16()
+        forward, backward = _lay_out(rounded), _lay_out(rounded.t().contiguous())
+
+        def multiply(x: Tensor) -> Tensor:
+            return _Frozen.apply(x, forward, backward)  # type: ignore[no-any-return, no-untyped-call]
+
+    return multiply if bias is None else lambda x: multiply(x) + bias
+
+
+def _lay_out(weight: Tensor) -> Product:
+    """Return the product (N, in) -> (N, out) with a bfloat16 weight (out, in)."""
+    if weight.device.type == "cpu":
+        try:
+            # As oneDNN wants it. Otherwise it rearranges the weight in every product, which costs a
+            # fifth of the time at a few hundred tokens.
+            laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_TOKENS)
+            linear = torch.ops.mkldnn._linear_pointwise
+            linear(weight.new_zeros(1, weight.shape[1]), laid_out, None, "none", [], "")
+        except (AttributeError, RuntimeError):
+            pass  # these operators are torch's own, for its compiler, and may go
+        else:
+            return lambda x: linear(x, laid_out, None, "none", [], "")
+    return lambda x: nn.functional.linear(x, weight)
+
+
+class _Frozen(torch.autograd.Function):
+    """x (..., in) to x W^T (..., out), with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Product, backward: Product) -> Tensor:
+        ctx.backward_product = backward
+        return _multiply(forward, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _multiply(ctx.backward_product, gradient), None, None
+
+
+class _Tuned(torch.autograd.Function):
+    """x (..., in) to x W^T (..., out), with gradients for both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        factor = weight.bfloat16()
+        ctx.save_for_backward(x.bfloat16(), factor)
+        return nn.functional.linear(x.bfloat16(), factor).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        rounded = gradient.bfloat16()
+        wanted = (rounded @ weight).float() if ctx.needs_input_grad[0] else None
+        return wanted, (rounded.flatten(0, -2).t() @ x.flatten(0, -2)).float()
+
+
+def _multiply(product: Product, x: Tensor) -> Tensor:
+    result = product(x.reshape(-1, x.shape[-1]).bfloat16()).float()
+    return result.view(*x.shape[:-1], result.shape[-1])
