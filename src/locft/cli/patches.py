@@ -216,17 +216,16 @@ def _show_status(console: Console, name: str, status: CheckpointStatus) -> None:
             style = "green" if tensor.state == "ok" else "red"
             table.add_row(*map(plain, row), Text(tensor.state, style=style))
         console.print(table)
-        verdict = (
-            "every patched tensor is what it should be"
-            if status.is_intact
-            else ("something else changed what the patches had made")
-        )
-        console.print(Text(verdict, style="bold"))
+        if status.is_intact:
+            verdict = "every patched tensor is what it should be"
+        elif any(tensor.state != "ok" for tensor in status.tensors):
+            verdict = "something else changed what the patches had made"
+        else:
+            verdict = "every patched tensor is what it should be, but old values are lost"
         num_stuck = sum(patch.obstacle is not None for patch in status.patches)
-        if status.is_intact and num_stuck:
-            console.print(
-                Text(f"{counted(num_stuck, 'patch', 'patches')} cannot be reverted as it stands")
-            )
+        if num_stuck:
+            verdict += f"; {counted(num_stuck, 'patch', 'patches')} cannot be reverted as it stands"
+        console.print(Text(verdict, style="bold"))
     if status.leftovers:
         num = counted(len(status.leftovers), "file")
         console.print(

@@ -164,12 +164,14 @@ class _Draft:
         entries: Its tensors as they are.
         values: Those that were read or changed.
         changed: Names of those that were changed.
+        makers: The patch that made a tensor what it is, by the tensor's name, where one did.
     """
 
     folder: Path
     entries: Mapping[str, TensorEntry]
     values: dict[str, TensorData] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
+    makers: dict[str, str] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
 
     def value(self, name: str) -> TensorData:
@@ -207,7 +209,9 @@ def _settled_base(checkpoint: Path) -> Base:
 
 def _plan_stack(base: Base, patches: Sequence[Patch]) -> tuple[Rewrite, tuple[str, ...]]:
     refuse_quantised(base.folder)
-    draft = _Draft(base.folder, base.entries)
+    newest = base.record.newest()
+    makers = {name: manifest["manifest_sha256"] for name, manifest in newest.items()}
+    draft = _Draft(base.folder, base.entries, makers=makers)
     for patch in patches:
         _refuse_changed(base, draft, patch.tensors)
     undo: dict[str, dict[str, TensorData]] = {}
@@ -223,6 +227,7 @@ def _plan_stack(base: Base, patches: Sequence[Patch]) -> tuple[Rewrite, tuple[st
         undo[manifest["manifest_sha256"]] = {name: draft.value(name) for name in patch.tensors}
         for name, tensor in patch.tensors.items():
             draft.put(name, TensorData(tensor.dtype, tensor.shape, tensor.data))
+            draft.makers[name] = manifest["manifest_sha256"]
     record = Record((*base.record.patches, *manifests))
     if len(dump_record(record)) > MAX_RECORD_BYTES:
         raise PatchError(f"{base.folder}: carries too many patches to record more; revert some first")
@@ -308,11 +313,19 @@ def _misfit(draft: _Draft, patch: Patch) -> str | None:
     is_applied = all(draft.hash(name) == tensor.new_sha256 for name, tensor in patch.tensors.items())
     for name, tensor in patch.tensors.items():
         if draft.hash(name) != tensor.old_sha256:
+            if name in draft.makers and not is_applied:
+                return (
+                    f"{draft.folder}: tensor {brief(name)} was changed by patch"
+                    f" {short(draft.makers[name])}, and this patch was not made from its result. Put in"
+                    " one of the two, or make this edit again, on the model with the other one in it"
+                )
             return (
                 f"{draft.folder}: tensor {brief(name)} is not the one that the patch was made from:"
                 f" expected sha256 {tensor.old_sha256[:12]}, found {draft.hash(name)[:12]}; {origin}; "
                 + (
-                    "this checkpoint carries the patch already"
+                    "the patch was named twice"
+                    if is_applied and name in draft.changed
+                    else "this checkpoint carries the patch already"
                     if is_applied
                     else "apply it to that checkpoint"
                 )

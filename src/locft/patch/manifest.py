@@ -120,7 +120,7 @@ def check_manifest(path: str, record: Mapping[str, Any]) -> None:
     if type(version) is int and version > FORMAT_VERSION:
         raise PatchError(
             f"{path}: format_version is {version}, this locft reads {FORMAT_VERSION}:"
-            " upgrade it with pip install --upgrade locft"
+            " a newer locft wrote it, and a newer one reads it"
         )
     if type(version) is not int or version != FORMAT_VERSION:
         raise PatchError(f"{path}: format_version: expected {FORMAT_VERSION}, found {brief(version)}")

@@ -170,7 +170,7 @@ def check_record(path: str, record: Mapping[str, Any]) -> Record:
     if type(version) is int and version > RECORD_VERSION:
         raise PatchError(
             f"{path}: format_version is {version}, this locft reads {RECORD_VERSION}:"
-            " upgrade it with pip install --upgrade locft"
+            " a newer locft wrote it, and a newer one reads it"
         )
     if type(version) is not int or version != RECORD_VERSION:
         raise PatchError(f"{path}: format_version: expected {RECORD_VERSION}, found {version!r:.40}")

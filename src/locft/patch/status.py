@@ -61,7 +61,8 @@ class CheckpointStatus:
 
     Attributes:
         checkpoint: The folder.
-        is_intact: Whether every patched tensor is what its patch made of it.
+        is_intact: Whether every patched tensor is what its patch made of it, and the old values are
+            there to go back to.
         patches: The patches in it, from the oldest to the newest.
         tensors: The tensors that they changed.
         leftovers: Files that an interrupted writer left; the next one removes them.
@@ -111,6 +112,7 @@ def _read_status(folder: Path) -> CheckpointStatus:
         )
     odd = {tensor.name: tensor.state for tensor in tensors if tensor.state != "ok"}
     patches = []
+    num_lost = 0
     for manifest in record.patches:
         patch_id = manifest["manifest_sha256"]
         about = to_manifest(manifest)
@@ -124,6 +126,7 @@ def _read_status(folder: Path) -> CheckpointStatus:
             obstacle = f"tensor {amiss[0]!r} is {odd[amiss[0]]}"
         else:
             obstacle = _missing_undo(folder, manifest, entries)
+            num_lost += obstacle is not None
         patches.append(
             PatchStatus(
                 id=patch_id,
@@ -137,7 +140,7 @@ def _read_status(folder: Path) -> CheckpointStatus:
         )
     return CheckpointStatus(
         checkpoint=str(folder),
-        is_intact=not odd,
+        is_intact=not odd and not num_lost,
         patches=tuple(patches),
         tensors=tuple(tensors),
         leftovers=tuple(sorted(str(path.relative_to(folder)) for path in leftovers(folder, record))),

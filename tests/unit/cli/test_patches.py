@@ -403,7 +403,8 @@ def test_status_shows_patches_and_tensors(run: Run) -> None:
     assert f"{id_of(SECOND)[:12]} 0.mlp.down 3 some/model yes" in shown
     new = SECOND.tensors[DOWN_1].new_sha256[:12]
     assert f"{DOWN_1} {id_of(SECOND)[:12]} {new} {new} ok" in shown
-    assert "every patched tensor is what it should be" in out.splitlines()
+    verdict = "every patched tensor is what it should be; 1 patch cannot be reverted as it stands"
+    assert verdict in out.splitlines()
     assert max(map(len, out.splitlines())) <= 120
     assert "\x1b" not in out
     assert tree(Path("base")) == before
@@ -421,7 +422,8 @@ def test_status_of_what_something_else_changed_exits_with_1(run: Run) -> None:
     assert "0.mlp.down 3 some/model no: tensor" in shown
     assert f"{FIRST.tensors[DOWN_0].new_sha256[:12]}" in shown
     assert f"{BESIDE.tensors[UP_0].new_sha256[:12]} - missing" in shown
-    assert out.endswith("something else changed what the patches had made\n")
+    verdict = "something else changed what the patches had made; 2 patches cannot be reverted as it stands"
+    assert out.endswith(f"{verdict}\n")
     out, _ = run("status", "base", "--json", status=1)
     told = json.loads(out)
     assert told["is_intact"] is False
@@ -465,12 +467,12 @@ def test_status_of_a_damaged_record_exits_with_2(run: Run) -> None:
     assert said.endswith("; put it back as it was, or remove the folder .locft and give up reverting")
 
 
-def test_old_values_that_are_gone_are_shown_and_no_failure(run: Run) -> None:
+def test_status_of_old_values_that_are_gone_exits_with_1(run: Run) -> None:
     run("apply", "base", "patches/first", "--in-place")
     Path(f"base/.locft/{id_of(FIRST)}.safetensors").unlink()
-    shown = flat(run("status", "base")[0]).replace(" ", "")
+    shown = flat(run("status", "base", status=1)[0]).replace(" ", "")
     assert "ismissing;withouttheseoldvalues" in shown
-    assert "everypatchedtensoriswhatitshouldbe" in shown
+    assert "everypatchedtensoriswhatitshouldbe,butoldvaluesarelost;1patchcannot" in shown
 
 
 # inspect

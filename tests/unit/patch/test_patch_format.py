@@ -214,7 +214,7 @@ def nest(depth: int) -> list[Any]:
         (lambda r: r.pop("format_version"), "format_version: expected 1, found None"),
         (lambda r: r.update(format_version=0), "format_version: expected 1, found 0"),
         (lambda r: r.update(format_version=True), "format_version: expected 1, found True"),
-        (lambda r: r.update(format_version=2, more=1), "is 2, this locft reads 1: upgrade"),
+        (lambda r: r.update(format_version=2, more=1), "is 2, this locft reads 1: a newer locft"),
         (lambda r: r.update(more=1), "'more': unknown field"),
         (lambda r: r.pop("dtype"), "dtype: is missing, expected a text"),
         (lambda r: r.update(dtype=1), "dtype: expected a text, found 1"),
@@ -259,7 +259,7 @@ def nest(depth: int) -> list[Any]:
         (lambda r: r["tensors"].update({"\x1b[2J" + "n" * 10**6: 1}), r"tensors\['\\x1b\[2Jn"),
         (lambda r: r["tensors"].update({"n" * 10**6: r["tensors"]["a.weight"]}), "but not in"),
         (lambda r: r.update({"k" * 10**6: 1}), "'k.*unknown field"),
-        (lambda r: r.update(format_version=10**600), "upgrade it"),
+        (lambda r: r.update(format_version=10**600), "a newer locft"),
     ],
 )
 def test_wrong_manifest_is_refused_with_file_and_field(

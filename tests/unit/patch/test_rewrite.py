@@ -990,7 +990,7 @@ def test_every_flipped_bit_of_a_journal_is_noticed_and_nothing_is_done(base: Pat
         (lambda body: body.update(index='{"weight_map": {"a": []}}'), "is damaged: unhashable"),
         (
             lambda body: body["record"].update(format_version=2),
-            "record: format_version is 2, this locft reads 1: upgrade it",
+            "record: format_version is 2, this locft reads 1: a newer locft",
         ),
         (lambda body: body["record"].update(patches={}), "record: patches: expected a list"),
     ],

@@ -110,9 +110,7 @@ def test_a_patch_of_the_same_matrix_fits_only_on_top_of_the_one_that_it_was_made
     other, _ = patch_of(ORIGINAL, (DOWN_0,), 9)
     stack_patches(base, [FIRST], None)
     said = refusal(base, stack_patches, base, [other], None)
-    assert f"tensor '{DOWN_0}' is not the one that the patch was made from" in said
-    assert FIRST.tensors[DOWN_0].new_sha256[:12] in said
-    assert other.tensors[DOWN_0].old_sha256[:12] in said
+    assert f"tensor '{DOWN_0}' was changed by patch {id_of(FIRST)[:12]}, and this patch was not" in said
     assert stack_patches(base, [SECOND], None) == (id_of(SECOND),)
 
 
@@ -124,7 +122,7 @@ def test_patches_go_in_all_or_none(tmp_path: Path, base: Path) -> None:
 
 def test_the_same_patch_twice_is_refused(base: Path) -> None:
     said = refusal(base, stack_patches, base, [FIRST, FIRST], None)
-    assert "this checkpoint carries the patch already" in said
+    assert "the patch was named twice" in said
     apply_patch(base, FIRST, None)
     said = refusal(base, apply_patch, base, FIRST, None)
     assert "this checkpoint carries the patch already" in said
@@ -449,7 +447,7 @@ def test_old_values_of_another_size_are_never_written_beyond_their_tensor(
         (base / name).write_bytes(data)
     manifest = record.Record((manifest_record(patch),))
     (base / ".locft" / "record.json").write_bytes(record.dump_record(manifest))
-    assert read_status(base).is_intact
+    assert [tensor.state for tensor in read_status(base).tensors] == ["ok"]
     said = refusal(base, revert_patches, base, [], None)
     assert f"holds no such tensor '{DOWN_0}' as the checkpoint does" in said
     assert re.search("holds no such tensor", read_status(base).patches[0].obstacle or "")

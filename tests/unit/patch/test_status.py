@@ -148,7 +148,7 @@ def test_a_missing_tensor_is_told(folder: Path) -> None:
     assert obstacles(status)[id_of(SECOND)] is None
 
 
-def test_old_values_that_are_missing_or_damaged_are_an_obstacle_only(folder: Path) -> None:
+def test_old_values_that_are_missing_or_damaged_make_a_checkpoint_less_than_intact(folder: Path) -> None:
     undo = folder / ".locft" / f"{id_of(BESIDE)}.safetensors"
     raw = undo.read_bytes()
     advice = (
@@ -161,7 +161,8 @@ def test_old_values_that_are_missing_or_damaged_are_an_obstacle_only(folder: Pat
     ):
         undo.write_bytes(damaged)
         status = read_status(folder)
-        assert status.is_intact
+        assert not status.is_intact
+        assert {tensor.state for tensor in status.tensors} == {"ok"}
         assert obstacles(status)[id_of(BESIDE)] == said
     undo.unlink()
     assert obstacles(read_status(folder))[id_of(BESIDE)] == f"{undo}: is missing; {advice}"
