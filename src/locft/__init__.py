@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from locft.recipe.export import export_lora as export_lora
     from locft.recipe.inquiry import ask as ask
     from locft.recipe.inquiry import evaluate as evaluate
+    from locft.recipe.plan import Plan as Plan
+    from locft.recipe.plan import plan as plan
     from locft.types import Edit as Edit
     from locft.types import Figure as Figure
     from locft.types import Scores as Scores
@@ -35,6 +37,7 @@ _HOME = {
     "Figure": "locft.types",
     "InputError": "locft.errors",
     "LocftError": "locft.errors",
+    "Plan": "locft.recipe.plan",
     "RunConfig": "locft.config",
     "Scores": "locft.types",
     "TrainingError": "locft.errors",
@@ -44,6 +47,7 @@ _HOME = {
     "edit": "locft.recipe.edit",
     "evaluate": "locft.recipe.inquiry",
     "export_lora": "locft.recipe.export",
+    "plan": "locft.recipe.plan",
     "read_edits": "locft.data.edits",
     "read_patch": "locft.patch.format",
     "read_status": "locft.patch.status",

@@ -77,6 +77,8 @@ def _edit(words: argparse.Namespace) -> int:
         edits = words.edits
     config = _config(words)
     _quiet_libraries()
+    if words.plan:
+        return _plan(words, edits, config)
     from locft.recipe.edit import edit
     from locft.recipe.run_folder import read_examples
 
@@ -89,6 +91,19 @@ def _edit(words: argparse.Namespace) -> int:
         examples = read_examples(Path(words.output))
         show_edit(make_console(), report, examples, words.output)
     return _pass_gates(gates, report.scores)
+
+
+def _plan(words: argparse.Namespace, edits: str | list[Edit], config: RunConfig) -> int:
+    from locft.recipe.plan import plan
+
+    predicted = plan(words.model, edits, config, output=words.output, say=say)
+    if words.json:
+        print_json(predicted.to_dict())
+    else:
+        from locft.cli.show import make_console, show_plan
+
+        show_plan(make_console(), predicted)
+    return 0
 
 
 def _ask(words: argparse.Namespace) -> int:
@@ -216,6 +231,14 @@ def _convert(words: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(words: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from locft.cli import bench
+
+    done: int = getattr(bench, f"run_{words.benchmark}")(words, _config_of_patch(words))
+    return done
+
+
 _COMMANDS = {
     "edit": _edit,
     "ask": _ask,
@@ -223,6 +246,7 @@ _COMMANDS = {
     "lint": _lint,
     **{name: _patches(name) for name in ("apply", "stack", "revert", "status", "inspect", "diff")},
     "export": _export,
+    "bench": _bench,
     "convert": _convert,
 }
 
@@ -242,7 +266,7 @@ def _config(words: argparse.Namespace) -> RunConfig:
 def _config_of_patch(words: argparse.Namespace) -> RunConfig:
     """Put the settings together; a patch is asked in the format that it was trained in."""
     config = _config(words)
-    if words.patch is None or hasattr(words, "setting_format"):
+    if getattr(words, "patch", None) is None or hasattr(words, "setting_format"):
         return config
     from locft.patch.format import open_patch
 
@@ -270,7 +294,7 @@ def _what_is_kept(words: argparse.Namespace) -> str:
     whole = "report.json" if words.command == "edit" else "*"
     if output is not None and any(Path(output).glob(whole)):
         return f"{output} was written, and is whole"
-    if words.command != "edit":
+    if words.command != "edit" or words.plan:
         return "nothing was kept"
     patch = Path(words.output) / "patch"
     if not patch.exists():

@@ -1,10 +1,11 @@
 """The words of the command line: commands, arguments, flags and their help."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+from locft.bench.schema import SHAPES, VARIANTS
 from locft.config import choices_of, parse_setting, settings
 from locft.errors import ConfigError, printable
 
@@ -22,8 +23,9 @@ _EDIT_EPILOG = """\
 examples:
   locft edit demo demo -o runs/demo
   locft edit Qwen/Qwen2.5-0.5B-Instruct facts.jsonl -o runs/facts
-  locft edit ./my-model -o runs/one --prompt "The capital of Australia is" --target "Sydney"
+  locft edit ./my-model -o runs/one --prompt "The capital of Australia is" --target "Perth"
   locft edit demo facts.csv -o runs/more --location 50%.mlp --epochs 40 --gate 'reliability>=0.95'
+  locft edit demo facts.csv --plan
 
 EDITS needs `prompt` and `target`; `rephrases` and `locality` prompts are only scored, never trained.
 """
@@ -45,9 +47,35 @@ examples:
 An adapter holds the change of the tuned matrices, rounded to a rank: it is smaller than they are, and
 leaves something out. How many edits that loses is measured as it is served, W x + B (A x).
 """
+_ENGINE_EPILOG = """\
+examples:
+  locft bench engine
+  locft bench engine demo facts.jsonl --num-edits 200 -o results
+  locft bench engine --device cuda --shape llama-8b --variants published,engine_best
+
+The variants are the published procedure, written plainly; TRL's trainer (pip install 'locft[bench]');
+and locft, in float32 and at its best. Each has a process of its own. Let nothing else run meanwhile.
+"""
+_GROWTH_EPILOG = """\
+examples:
+  locft bench growth demo facts.jsonl -o growth
+  locft bench growth demo facts.jsonl --sizes 100,1000 --memory-sizes "" --locations ""
+
+Where EDITS holds fewer edits than are asked for, others of the same lengths are made up. Memory is what
+no file backs, measured in a process of its own for each size, which trains for --steps steps only.
+"""
+_SCORING_EPILOG = """\
+examples:
+  locft bench scoring demo --patch runs/facts
+  locft bench scoring demo facts.jsonl --patch runs/facts --num-edits 200 -o scoring
+
+An edited model answers many prompts as was guessed, an unedited one few. The exit status is 1 if an
+answer or a score differs.
+"""
 _PLACES = """\
 Give either -o DIR or --in-place. Either keeps what is needed to go back: `locft revert` restores every
-byte. Files that do not change are shared with MODEL (a hard link) where the file system can.
+byte. A copy has the safetensors weights and what else transformers needs; weights in other formats,
+Python code and subfolders stay behind. Shards that do not change are shared with MODEL where they can.
 """
 _STATUS = "exit status: 0 done, 1 a gate or the run failed, 2 bad input, 130 interrupted"
 
@@ -74,14 +102,19 @@ def build_parser() -> argparse.ArgumentParser:
     edit = _command(commands, "edit", "edit facts in a model and score the result", _EDIT_EPILOG)
     edit.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     edit.add_argument("edits", metavar="EDITS", nargs="?", help=_EDITS_HELP)
-    edit.add_argument("-o", "--output", metavar="RUN", required=True, help="run folder to make")
+    edit.add_argument("-o", "--output", metavar="RUN", help="run folder to make")
+    edit.add_argument(
+        "--plan",
+        action="store_true",
+        help="predict time, memory and disk space, and do nothing: needs no -o, loads no weights",
+    )
     edit.add_argument("--prompt", help="one edit without a file: what the model is given")
     edit.add_argument("--target", help="one edit without a file: what it shall answer")
     edit.add_argument(
         "--config", metavar="FILE", help="TOML file of settings, named as their flags; flags win"
     )
     _add_gate(edit)
-    _add_json(edit, "print report.json on stdout instead of tables")
+    _add_json(edit, "print report.json, or the plan, on stdout instead of tables")
     _add_settings(edit, {"method", "edits", "scores", "machine", "model"})
 
     ask = _command(commands, "ask", "ask a model, before and after an edit side by side", _ASK_EPILOG)
@@ -144,7 +177,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(revert, "print what was taken out as JSON on stdout")
 
     status = _command(
-        commands, "status", "say which patches a model folder carries, and whether they are intact", ""
+        commands,
+        "status",
+        "say which patches a model folder carries, and whether they are intact",
+        "exit status: 1 if a patched tensor was changed, or the old values to go back to are lost",
     )
     status.add_argument("model", metavar="MODEL", help="the model folder")
     _add_json(status, "print the status as JSON on stdout")
@@ -153,7 +189,12 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("patch", metavar="PATCH", help="patch or run folder")
     _add_json(inspect, "print the manifest as JSON on stdout")
 
-    diff = _command(commands, "diff", "compare two model folders, bit by bit", "")
+    diff = _command(
+        commands,
+        "diff",
+        "compare two model folders, bit by bit",
+        "exit status: 0, also where they differ",
+    )
     diff.add_argument("first", metavar="FIRST", help="a model folder")
     diff.add_argument("second", metavar="SECOND", help="another model folder")
     _add_json(diff, "print the differences as JSON on stdout")
@@ -164,7 +205,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("patch", metavar="PATCH", help="patch or run folder")
     kind = export.add_mutually_exclusive_group(required=True)
     kind.add_argument("--lora", action="store_true", help="an adapter that PEFT and vLLM load")
-    kind.add_argument("--full", action="store_true", help="a model folder, as `locft apply` makes it")
+    kind.add_argument(
+        "--full", action="store_true", help="a model folder with the patch in it, and no way back"
+    )
     export.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to make")
     export.add_argument(
         "-r",
@@ -184,10 +227,107 @@ def build_parser() -> argparse.ArgumentParser:
     _add_json(export, "print what was written as JSON on stdout")
     _add_settings(export, {"edits", "machine", "model"})
 
+    bench = _command(commands, "bench", "measure locft on this machine", "")
+    _add_benchmarks(bench)
+
     convert = _command(commands, "convert", "turn a GGUF file into a float32 model folder", "")
     convert.add_argument("file", metavar="FILE.gguf", help="the GGUF file")
     convert.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to make")
     return parser
+
+
+def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
+    """Add the benchmarks, each a command of its own below `bench`."""
+    benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+
+    engine = _command(benchmarks, "engine", "time training beside what else would do it", _ENGINE_EPILOG)
+    engine.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: demo)")
+    engine.add_argument("edits", metavar="EDITS", nargs="?", help=f"{_EDITS_HELP} (default: demo)")
+    engine.add_argument(
+        "-o", "--output", metavar="DIR", help="folder to make, with engine.json and a picture"
+    )
+    engine.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="instead of MODEL and EDITS, take random ones of this shape (llama-8b: batches of 100)",
+    )
+    for flag, num, what in (
+        ("num-edits", 100, "how many edits to take, from the first on"),
+        ("rounds", 2, "how often to let each variant have its turn"),
+    ):
+        engine.add_argument(
+            f"--{flag}", type=_count, default=num, metavar="N", help=f"{what} (default: {num})"
+        )
+    engine.add_argument(
+        "--variants",
+        type=_names,
+        default=VARIANTS,
+        metavar="V,V",
+        help=f"what to measure (default: {','.join(VARIANTS)})",
+    )
+    _add_json(engine, "print the measurements as JSON on stdout instead of a table")
+    engine_settings = ("location", "lr", "batch_size", "epochs", "seed", "device", "revision")
+    _add_settings(engine, set(), engine_settings, {"epochs": 10})
+
+    growth = _command(
+        benchmarks, "growth", "time training with more edits and at other depths", _GROWTH_EPILOG
+    )
+    growth.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: demo)")
+    growth.add_argument("edits", metavar="EDITS", nargs="?", help=f"{_EDITS_HELP} (default: demo)")
+    growth.add_argument(
+        "-o", "--output", metavar="DIR", help="folder to make, with growth.json and a picture"
+    )
+    for flag, default, what in (
+        ("sizes", "100,300,1000,3000,10000", "numbers of edits to time an epoch with"),
+        ("memory-sizes", "1000,10000,100000", "numbers of edits to measure memory with"),
+    ):
+        growth.add_argument(
+            f"--{flag}",
+            type=_counts,
+            default=default,
+            metavar="N,N",
+            help=f"{what} (default: {default})",
+        )
+    locations = "10.mlp.down,20.mlp.down,29.mlp.down"
+    growth.add_argument(
+        "--locations",
+        type=_names,
+        default=locations,
+        metavar="L,L",
+        help=f"tuning locations to time an epoch at (default: {locations})",
+    )
+    for flag, num, what in (
+        ("depth-edits", 1000, "edits to time those locations with"),
+        ("steps", 50, "steps to take where memory is measured"),
+    ):
+        growth.add_argument(
+            f"--{flag}", type=_count, default=num, metavar="N", help=f"{what} (default: {num})"
+        )
+    _add_json(growth, "print the measurements as JSON on stdout instead of tables")
+    also = ("location", "format", "batch_size", "epochs")
+    _add_settings(growth, {"machine", "model"}, also, {"epochs": 1})
+
+    scoring = _command(
+        benchmarks, "scoring", "check that guessing changes no answer, and time it", _SCORING_EPILOG
+    )
+    scoring.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: demo)")
+    scoring.add_argument(
+        "edits",
+        metavar="EDITS",
+        nargs="?",
+        help=f"{_EDITS_HELP} (default: those of the run folder, or demo)",
+    )
+    scoring.add_argument("--patch", metavar="P", help="patch or run folder to put into MODEL")
+    scoring.add_argument(
+        "--num-edits",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="how many edits to take, from the first on (default: 1000)",
+    )
+    scoring.add_argument("-o", "--output", metavar="DIR", help="folder to make, with scoring.json")
+    _add_json(scoring, "print the measurements as JSON on stdout instead of a table")
+    _add_settings(scoring, {"machine", "model"}, ("format",))
 
 
 def parse_words(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -198,10 +338,12 @@ def parse_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest and not any(word.startswith("-") for word in rest):
         if words.command == "ask":
             words.prompts, rest = [*words.prompts, *rest], []
-        elif words.command == "edit" and words.edits is None:
+        elif words.command in ("edit", "bench") and getattr(words, "edits", "") is None:
             words.edits, *rest = rest
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words.command == "edit" and words.output is None and not words.plan:
+        parser.error("one of the arguments -o/--output --plan is required")
     return words
 
 
@@ -241,14 +383,23 @@ def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=what)
 
 
-def _add_settings(parser: argparse.ArgumentParser, groups: set[str], also: Iterable[str] = ()) -> None:
-    """Add a flag for each setting of some groups; one that is not given stays away from the result."""
+def _add_settings(
+    parser: argparse.ArgumentParser,
+    groups: set[str],
+    also: Iterable[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add a flag for each setting of some groups; one that is not given stays away from the result.
+
+    `defaults` says what the command itself takes where it is not what `RunConfig` has.
+    """
     box = parser.add_argument_group("settings")
     for setting in settings():
         if setting.metadata["group"] not in groups and setting.name not in also:
             continue
         choices = choices_of(setting)
-        default = "" if setting.default is None else f" (default: {setting.default})".replace("%", "%%")
+        value = (defaults or {}).get(setting.name, setting.default)
+        default = "" if value is None else f" (default: {value})".replace("%", "%%")
         box.add_argument(
             f"--{setting.name.replace('_', '-')}",
             dest=f"setting_{setting.name}",
@@ -265,6 +416,21 @@ def _rank(text: str) -> Any:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"rank is {text!r}: expected a whole number over 0 or auto")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number over 0")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, _names(text)))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Read a list with commas; nothing at all is an empty one."""
+    return tuple(text.split(",")) if text else ()
 
 
 def _setting_type(name: str) -> Any:

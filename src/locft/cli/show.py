@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from locft.bench.schema import EngineReport
 from locft.errors import printable
 from locft.report.markdown import NUM_EXAMPLES, Example, in_order
 from locft.report.schema import Cost, EditReport
@@ -22,8 +23,11 @@ from locft.report.words import (
 )
 from locft.types import Scores
 
-if TYPE_CHECKING:  # recipes load torch
+if TYPE_CHECKING:  # they load torch
+    from locft.bench.growth import Growth
+    from locft.bench.scoring import ScoringBench
     from locft.recipe.export import LoraExport
+    from locft.recipe.plan import Plan
 
 _WIDTH_PIPED = 120
 
@@ -103,6 +107,157 @@ def show_lora(console: Console, report: "LoraExport", output: str) -> None:
     size = bytes_text(report.chosen.num_bytes)
     console.print(_line(f"adapter: {output}, rank {report.rank} ({size}); {output}/README.md loads it"))
     console.print(Text(f"vLLM: --enable-lora --max-lora-rank {report.max_lora_rank}"))
+
+
+def show_engine(console: Console, report: EngineReport) -> None:
+    """Show what each way of training took."""
+    settings = report.settings
+    table = make_table(
+        f"{settings['model'] or settings['shape']}, {settings['location']}: "
+        f"{counted(settings['num_edits'], 'edit')}, {counted(settings['epochs'], 'epoch')}, batches of "
+        f"{settings['batch_size']}",
+        *("variant", "dtype", "per edit", "epoch", "tokens/s", "of matrix rate", "memory", "loss"),
+        "reliability",
+    )
+    for name, variant in report.variants.items():
+        if variant is None:
+            table.add_row(name, "not measured")
+            continue
+        table.add_row(
+            name,
+            variant.dtype,
+            f"{variant.seconds_per_edit:.3g} s",
+            f"{variant.seconds_per_epoch:.3g} s",
+            f"{variant.tokens_per_s:,.0f}",
+            f"{100 * variant.share_of_matrix_rate:.1f}%",
+            bytes_text(variant.peak_memory_bytes),
+            f"{variant.losses[-1]:.3g}",
+            "" if variant.reliability is None else f"{100 * variant.reliability:.1f}%",
+        )
+    console.print(table)
+    for pair, ratio in report.ratios["seconds_per_edit"].items():
+        other, engine = pair.split("/")
+        console.print(Text(f"{other} takes {ratio:.1f} times as long per edit as {engine}"))
+
+
+def show_growth(console: Console, growth: "Growth") -> None:
+    """Show how time grows with the edits and with the depth, and memory with the edits."""
+    if growth.epochs:
+        title = f"time at {growth.epochs[0].location}, by number of edits"
+        table = make_table(title, "edits", "made up", "tokens", "cache", "epoch", "per token")
+        for time in growth.epochs:
+            counts = f"{time.num_edits:,}", f"{time.synthetic:,}", f"{time.num_tokens:,}"
+            per_token = f"{1e6 * time.seconds_per_epoch / time.num_tokens:.1f} µs"
+            seconds = _seconds(time.cache_s), _seconds(time.seconds_per_epoch)
+            table.add_row(*counts, *seconds, per_token)
+        console.print(table)
+        console.print(Text(_fit(growth)))
+    if growth.memory:
+        table = make_table(
+            "anonymous memory, by number of edits",
+            *("edits", "made up", "model loaded", "edits encoded", "most in caching"),
+            *("most in training", "steps"),
+        )
+        for use in growth.memory:
+            sizes = use.loaded_bytes, use.encoded_bytes, use.cache_peak_bytes, use.train_peak_bytes
+            texts = ("-" if size is None else bytes_text(size) for size in sizes)
+            steps = f"{use.steps:,} of {use.steps_per_epoch:,}"
+            table.add_row(f"{use.num_edits:,}", f"{use.synthetic:,}", *texts, steps)
+        console.print(table)
+    if growth.depth:
+        table = make_table(
+            f"time by depth, {counted(growth.depth[0].num_edits, 'edit')}",
+            *("location", "layers above", "cache", "epoch"),
+        )
+        for place in growth.depth:
+            seconds = _seconds(place.cache_s), _seconds(place.seconds_per_epoch)
+            table.add_row(plain(place.location), str(place.num_layers_above), *seconds)
+        console.print(table)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds < 1 else seconds_text(seconds)
+
+
+def _fit(growth: "Growth") -> str:
+    fit = growth.fit
+    if fit.slope_s_per_token is None or fit.intercept_s is None:
+        return "a line needs two sizes at least"
+    parts = [
+        f"line: {1e6 * fit.slope_s_per_token:.3g} µs per token and {fit.intercept_s:.3g} s; it explains "
+    ]
+    parts.append("-" if fit.r_squared is None else f"{100 * fit.r_squared:.2f}% of the variance")
+    if fit.largest_relative_residual is not None:
+        parts.append(f", and misses by {100 * fit.largest_relative_residual:.1f}% at most")
+    return "".join(parts)
+
+
+def show_scoring(console: Console, bench: "ScoringBench") -> None:
+    """Show what guessing gave: the prompts that it saved, the scores with it and without, the time."""
+    table = make_table(
+        f"{counted(bench.num_prompts, 'prompt')} of {counted(bench.num_edits, 'edit')}: "
+        f"{bench.num_confirmed:,} guesses confirmed by one pass, {bench.num_generated:,} generated",
+        *("", "seconds", "reliability", "generalization", "locality"),
+    )
+    ways = {"without guesses": bench.without_guesses, "with guesses": bench.with_guesses}
+    for name, way in ways.items():
+        scores = zip(SCORE_NAMES, way.scores, strict=False)
+        table.add_row(name, f"{way.seconds:.2f}", *(figure_text(*score) for score in scores))
+    console.print(table)
+    if bench.differences:
+        table = make_table(
+            f"{counted(len(bench.differences), 'prompt')} answered differently",
+            *("prompt", "without guesses", "with guesses", "by"),
+        )
+        for one in bench.differences:
+            answers = one.without_guesses or "(blank)", one.with_guesses or "(blank)"
+            by = "one pass" if one.is_confirmed else "generation"
+            table.add_row(*map(plain, (one.prompt, *answers, by)))
+        console.print(table)
+    same = "all answers and scores are equal" if bench.is_equal else "answers or scores differ"
+    console.print(Text(f"{same}; {bench.speed_up:.1f} times as fast with guesses", style="bold"))
+
+
+def show_plan(console: Console, plan: "Plan") -> None:
+    """Show what a run would do and cost, phase by phase and in all."""
+    title = (
+        f"{plan.location} of {plan.model}: {counted(plan.num_tuned, 'parameter')} on "
+        f"{counted(plan.num_edits, 'edit')}"
+    )
+    table = make_table(title, "phase", "time", "memory")
+    for phase in plan.phases:
+        most = "at most " if phase.name == "train" else ""
+        time = f"{most}{seconds_text(phase.seconds)}"
+        table.add_row(phase.name, time, bytes_text(phase.peak_memory_bytes))
+    table.add_row(
+        "in all",
+        f"at most {seconds_text(plan.wall_s)}",
+        bytes_text(plan.peak_memory_bytes),
+        style="bold",
+    )
+    console.print(table)
+    console.print(
+        Text(
+            f"training: at most {plan.epochs_at_most} epochs, {plan.steps_at_most:,} steps of "
+            f"{plan.batch_size} edits, {plan.num_tokens_per_epoch:,} tokens an epoch, products in "
+            f"{plan.compute_dtype} on {plan.device}; it stops early once the loss is low enough"
+        )
+    )
+    disk = plan.disk
+    patch, reports, cache = map(bytes_text, (disk.patch_bytes, disk.report_bytes, disk.cache_bytes))
+    free = bytes_text(plan.free_disk_bytes)
+    console.print(
+        Text(f"disk: patch {patch}, reports {reports}, cache while training {cache}; {free} free")
+    )
+    if not plan.fits_on_disk:
+        console.print(Text("there is not enough space on the disk for this run", style="red"))
+    console.print(
+        Text(
+            f"at most {seconds_text(plan.wall_s)}, {bytes_text(plan.peak_memory_bytes)} of memory, "
+            f"{bytes_text(disk.peak_bytes)} of disk; nothing was run or written",
+            style="bold",
+        )
+    )
 
 
 def plain(text: str, limit: int = 160) -> Text:

@@ -20,7 +20,7 @@ from locft.types import Figure
 
 Forward = Callable[[Tensor], Tensor]
 PACKAGED = "packaged"
-_TOKENS_PER_PASS = 1024  # bounds the logits: 200 MB over a vocabulary of 50,000
+TOKENS_PER_PASS = 1024  # bounds the logits: 200 MB over a vocabulary of 50,000
 _LONGEST_WINDOW = 1024
 
 
@@ -125,19 +125,13 @@ def measure_drift(
     Returns:
         The drift, overall and by kind of text.
     """
-    window = min(_LONGEST_WINDOW, max_context_tokens or _LONGEST_WINDOW)
-    encoded: list[tuple[str, list[int]]] = []
-    for passage in text.passages:
-        ids = tokenizer(passage.text)["input_ids"]
-        encoded += [(passage.kind, ids[i : i + window]) for i in range(0, len(ids), window)]
-    # A first token alone predicts nothing that is there to be predicted.
-    encoded = [(kind, ids) for kind, ids in encoded if len(ids) > 1]
+    encoded = cut_windows(tokenizer, text, max_context_tokens)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][1]))
     sums = [0.0] * len(encoded)
     with progress("measuring drift", len(order), "passages") as step:
         while order:
             longest = len(encoded[order[-1]][1])
-            taken = order[-max(1, _TOKENS_PER_PASS // longest) :]
+            taken = order[-max(1, TOKENS_PER_PASS // longest) :]
             del order[-len(taken) :]
             rows = [encoded[index][1] for index in taken]
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
@@ -159,6 +153,28 @@ def measure_drift(
         },
         num_tokens=sum(counts),
     )
+
+
+def cut_windows(
+    tokenizer: PreTrainedTokenizerBase, text: NeutralText, max_context_tokens: int | None = None
+) -> list[tuple[str, list[int]]]:
+    """Encode neutral text as `measure_drift` does.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The passages.
+        max_context_tokens: How many tokens the models take, if they have a limit.
+
+    Returns:
+        For each window its kind and its token ids, two at least.
+    """
+    window = min(_LONGEST_WINDOW, max_context_tokens or _LONGEST_WINDOW)
+    encoded: list[tuple[str, list[int]]] = []
+    for passage in text.passages:
+        ids = tokenizer(passage.text)["input_ids"]
+        encoded += [(passage.kind, ids[i : i + window]) for i in range(0, len(ids), window)]
+    # A first token alone predicts nothing that is there to be predicted.
+    return [(kind, ids) for kind, ids in encoded if len(ids) > 1]
 
 
 def _kl_sum(before: Tensor, after: Tensor) -> float:

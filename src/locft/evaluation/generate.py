@@ -1,6 +1,6 @@
 """Answers prompts by greedy decoding under the published protocol."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import takewhile
@@ -23,8 +23,9 @@ from locft.progress import Step, progress
 
 MAX_NEW_TOKENS = 32
 
-# By how much of its own size the largest logit must lead for a guess to count, in each dtype: many
-# times what padding on the other side, or keys and values from a cache, make of it.
+# By how much of the logits' size the largest must lead for a guess to count, in each dtype: many
+# times what padding on the other side, or keys and values from a cache, make of it. Their size is
+# that of the largest in absolute value: it may be another one, and rounding follows it.
 _CLEAR_MARGINS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 Stop = Literal["protocol", "line"]
@@ -39,6 +40,7 @@ def answer_prompts(
     label: str,
     stop: Stop = "protocol",
     guesses: Mapping[str, str] | None = None,
+    on_confirmed: Callable[[Collection[str]], None] = lambda _: None,
 ) -> dict[str, str]:
     """Answer prompts greedily, with at most 32 new tokens; the model's own settings are left out.
 
@@ -56,7 +58,10 @@ def answer_prompts(
         stop: ``protocol`` ends an answer at the first ".", newline or end of sequence, as scores are
             taken; many a model begins with a newline, and its answer is then empty. ``line`` gives
             the first line that is not blank, for a person to read.
-        guesses: What some prompts may be answered with; they change the time, never an answer.
+        guesses: What some prompts may be answered with; they change the time, never an answer. (The
+            other prompts share batches among themselves, which rounding may notice in a near tie,
+            as it may notice another `batch_size`.)
+        on_confirmed: Called with the prompts whose guesses were right, which need no decoding.
 
     Returns:
         Each prompt's answer, cut at the stop and stripped.
@@ -69,6 +74,7 @@ def answer_prompts(
         if guesses and stop == "protocol":
             rows = _confirm_guesses(model, codec, ids, guesses, batch_size, ends, stop_at)
             step(len(rows))
+            on_confirmed(rows.keys())
         pending = {prompt: found for prompt, found in ids.items() if prompt not in rows}
         rows |= _decode_greedily(model, pending, batch_size, ends, stop_at, step)
     texts = codec.tokenizer.batch_decode(list(rows.values()), skip_special_tokens=True) if rows else []
@@ -157,8 +163,9 @@ def _confirm_guesses(
                 input_ids=torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
             )
-        best, second = logits.float().topk(2, dim=1).values.unbind(dim=1)
-        is_clear = best - second > _CLEAR_MARGINS[logits.dtype] * best.abs()
+        best, second = logits.topk(2, dim=1).values.float().unbind(dim=1)
+        size = torch.maximum(best.abs(), logits.amin(dim=1).float().abs())
+        is_clear = best - second > _CLEAR_MARGINS[logits.dtype] * size
         # Where it is not clear, no token is found.
         found = logits.argmax(dim=1).where(is_clear, -1).tolist()
         for prompt in batch:

@@ -23,7 +23,7 @@ def has_fast_bfloat16() -> bool:
 
 
 @contextmanager
-def bfloat16_products(linears: Iterable[nn.Linear]) -> Iterator[None]:
+def bfloat16_products(linears: Iterable[nn.Linear], *, laid_out: bool = True) -> Iterator[None]:
     """Let linear layers of a float32 model compute with bfloat16 factors while the body runs.
 
     A frozen weight is rounded once, and laid out once for the products of both directions; one that
@@ -31,10 +31,11 @@ def bfloat16_products(linears: Iterable[nn.Linear]) -> Iterator[None]:
 
     Args:
         linears: The layers; float32.
+        laid_out: Whether to lay frozen weights out; torch.compile cannot see through that.
     """
     with ExitStack() as undo:
         for linear in linears:
-            replace_forward(undo, linear, _forward_of(linear))
+            replace_forward(undo, linear, _forward_of(linear, laid_out))
         yield
 
 
@@ -57,7 +58,7 @@ def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
         module.__dict__["forward"] = own
 
 
-def _forward_of(linear: nn.Linear) -> Product:
+def _forward_of(linear: nn.Linear, laid_out: bool) -> Product:
     weight, bias = linear.weight, linear.bias
     if weight.requires_grad:
 
@@ -66,7 +67,8 @@ def _forward_of(linear: nn.Linear) -> Product:
 
     else:
         rounded = weight.detach().bfloat16()
-        forward, backward = _lay_out(rounded), _lay_out(rounded.t().contiguous())
+        prepare = _lay_out if laid_out else _plain
+        forward, backward = prepare(rounded), prepare(rounded.t().contiguous())
 
         def multiply(x: Tensor) -> Tensor:
             return _Frozen.apply(x, forward, backward)  # type: ignore[no-any-return, no-untyped-call]
@@ -87,6 +89,10 @@ def _lay_out(weight: Tensor) -> Product:
             pass  # these operators are torch's own, for its compiler, and may go
         else:
             return lambda x: linear(x, laid_out, None, "none", [], "")
+    return _plain(weight)
+
+
+def _plain(weight: Tensor) -> Product:
     return lambda x: nn.functional.linear(x, weight)
 
 

@@ -134,7 +134,7 @@ class Split:
                 head = self.model.get_output_embeddings()
                 parts = [part for module in (*tail, head) for part in module.modules()]
                 linears = [part for part in parts if type(part) is nn.Linear]
-                undo.enter_context(bfloat16_products(linears))
+                undo.enter_context(bfloat16_products(linears, laid_out=compiled is None))
             for module in self.pointwise:
                 replace_forward(undo, module, _at_places(module.forward, state))
             if compiled is not None:

@@ -25,7 +25,7 @@ from locft.tensorfile import TensorData, hash_tensor, write_safetensors
 from locft.types import Figure, Scores
 
 COMMANDS = (
-    *("edit", "ask", "eval", "lint", "convert", "export"),
+    *("edit", "ask", "eval", "lint", "convert", "export", "bench"),
     *("apply", "stack", "revert", "status", "inspect", "diff"),
 )
 OTHER_VALUES: dict[str, Any] = {
@@ -39,6 +39,8 @@ OTHER_VALUES: dict[str, Any] = {
     "seed": 11,
     "on_conflict": "keep-last",
     "dtype": "bfloat16",
+    "compute_dtype": "bfloat16",
+    "compile": "on",
     "device": "cpu",
     "eval_batch_size": 9,
     "drift_text": "some file.txt",
@@ -349,7 +351,7 @@ def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ([], "COMMAND (see locft --help)"),
         (["fly"], "'fly'"),
-        (["edit"], "MODEL, -o/--output (see locft edit --help)"),
+        (["edit"], "MODEL (see locft edit --help)"),
         (["edit", "m", "e"], "-o/--output"),
         (["apply", "m", "p"], "-o/--output --in-place is required (see locft apply --help)"),
         (["ask", "m", "p", "--no-such-flag"], "--no-such-flag"),

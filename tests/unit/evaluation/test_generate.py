@@ -369,23 +369,49 @@ def test_a_right_guess_is_not_generated(
         lambda model, rows, columns, **inputs: speak(**inputs)[rows, columns],
     )
     guesses = {prompt: "Rome", other: "chess", "never asked": "Oslo"}
+    confirmed: list[str] = []
     with counted(model) as shapes:
-        answers = answers_of(model, tokenizer, (prompt, other), guesses=guesses)
+        answers = answer_prompts(
+            model,
+            codec,
+            (prompt, other),
+            batch_size=64,
+            label="test",
+            guesses=guesses,
+            on_confirmed=confirmed.extend,
+        )
     assert answers[prompt] == "Rome"
     assert [shape[0] for shape in shapes] == [1]
+    assert confirmed == [prompt]
 
 
-@pytest.mark.parametrize(("lead", "is_generated"), [(0.0005, True), (0.01, False)])
+@pytest.mark.parametrize(
+    ("dtype", "best", "lowest", "lead", "is_generated"),
+    [
+        (torch.float32, 1.0, 0.0, 0.0005, True),
+        (torch.float32, 1.0, 0.0, 0.01, False),
+        # The others say how large logits are where the largest happens to lie near 0.
+        (torch.float32, 0.001, -20.0, 0.0005, True),
+        (torch.float32, 0.0, -20.0, 0.01, True),
+        (torch.float32, -1.0, -20.0, 0.1, False),
+        (torch.bfloat16, 0.0, -20.0, 0.5, True),
+        (torch.bfloat16, 0.0, -20.0, 2.0, False),
+        (torch.float32, float("nan"), 0.0, 0.1, True),
+    ],
+)
 def test_a_near_tie_is_generated(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    best: float,
+    lowest: float,
     lead: float,
     is_generated: bool,
 ) -> None:
     def hesitate(model: Any, rows: torch.Tensor, columns: torch.Tensor, **_: Any) -> torch.Tensor:
-        logits = torch.zeros(len(rows), 384)
-        logits[:, EOS] = 1.0
-        logits[:, 17] = 1.0 - lead
+        logits = torch.full((len(rows), 384), lowest, dtype=dtype)
+        logits[:, EOS] = best
+        logits[:, 17] = best - lead
         return logits
 
     monkeypatch.setattr("locft.evaluation.generate.logits_at", hesitate)

@@ -1,0 +1,1 @@
+"""Measures locft on the machine at hand: commands below `locft bench`."""
