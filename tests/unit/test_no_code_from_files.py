@@ -46,7 +46,12 @@ def violations(source: str) -> list[str]:
         if isinstance(node, ast.ImportFrom):
             origins = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [f"{node.lineno}: imports {one}" for one in origins if one in BANNED_CALLS]
-        elif isinstance(node, ast.Name) and node.id in BANNED_BUILTINS and node.id not in names:
+        elif (
+            isinstance(node, ast.Name)
+            and isinstance(node.ctx, ast.Load)  # a field may have the name
+            and node.id in BANNED_BUILTINS
+            and node.id not in names
+        ):
             found.append(f"{node.lineno}: uses {node.id}")
         elif isinstance(node, ast.Attribute) and (name := _full_name(node, names)) in BANNED_CALLS:
             found.append(f"{node.lineno}: uses {name}")

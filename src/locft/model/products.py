@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locft.model.paging import page_out
+
 Product = Callable[[Tensor], Tensor]
 
 _USUAL_TOKENS = 256  # of a batch; which layout is best depends on it, a little
@@ -23,7 +25,7 @@ def has_fast_bfloat16() -> bool:
 
 
 @contextmanager
-def bfloat16_products(linears: Iterable[nn.Linear], *, laid_out: bool = True) -> Iterator[None]:
+def bfloat16_products(linears: Iterable[nn.Linear]) -> Iterator[None]:
     """Let linear layers of a float32 model compute with bfloat16 factors while the body runs.
 
     A frozen weight is rounded once, and laid out once for the products of both directions; one that
@@ -31,11 +33,12 @@ def bfloat16_products(linears: Iterable[nn.Linear], *, laid_out: bool = True) ->
 
     Args:
         linears: The layers; float32.
-        laid_out: Whether to lay frozen weights out; torch.compile cannot see through that.
     """
     with ExitStack() as undo:
         for linear in linears:
-            replace_forward(undo, linear, _forward_of(linear, laid_out))
+            replace_forward(undo, linear, _forward_of(linear))
+            if not linear.weight.requires_grad:
+                page_out([linear.weight])  # from here on its copies are read
         yield
 
 
@@ -58,7 +61,7 @@ def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
         module.__dict__["forward"] = own
 
 
-def _forward_of(linear: nn.Linear, laid_out: bool) -> Product:
+def _forward_of(linear: nn.Linear) -> Product:
     weight, bias = linear.weight, linear.bias
     if weight.requires_grad:
 
@@ -67,8 +70,7 @@ def _forward_of(linear: nn.Linear, laid_out: bool) -> Product:
 
     else:
         rounded = weight.detach().bfloat16()
-        prepare = _lay_out if laid_out else _plain
-        forward, backward = prepare(rounded), prepare(rounded.t().contiguous())
+        forward, backward = _lay_out(rounded), _lay_out(rounded.t().contiguous())
 
         def multiply(x: Tensor) -> Tensor:
             return _Frozen.apply(x, forward, backward)  # type: ignore[no-any-return, no-untyped-call]
@@ -89,10 +91,6 @@ def _lay_out(weight: Tensor) -> Product:
             pass  # these operators are torch's own, for its compiler, and may go
         else:
             return lambda x: linear(x, laid_out, None, "none", [], "")
-    return _plain(weight)
-
-
-def _plain(weight: Tensor) -> Product:
     return lambda x: nn.functional.linear(x, weight)
 
 

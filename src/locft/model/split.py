@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from locft.errors import ModelError, first_line
 from locft.model.attention import attention_configs, longest_unwindowed, packed_attention
 from locft.model.packing import Packed, merge_prefixes
+from locft.model.paging import page_out
 from locft.model.products import bfloat16_products, replace_forward
 from locft.model.structure import Layers, find_layers, find_pointwise
 
@@ -100,7 +101,8 @@ class Split:
         Args:
             in_bfloat16: Compute the products of linear layers with bfloat16 factors; for a float32
                 model. Which weights have gradients must be settled by now.
-            compiled: The backend of torch.compile to compile each layer with; None for none.
+            compiled: The backend of torch.compile to compile each layer with; None for none. It cannot
+                see through products in bfloat16.
 
         Yields:
             A function of packed sequences, the hidden states (N, ...) of their nodes from `prefix`, and
@@ -134,7 +136,7 @@ class Split:
                 head = self.model.get_output_embeddings()
                 parts = [part for module in (*tail, head) for part in module.modules()]
                 linears = [part for part in parts if type(part) is nn.Linear]
-                undo.enter_context(bfloat16_products(linears, laid_out=compiled is None))
+                undo.enter_context(bfloat16_products(linears))
             for module in self.pointwise:
                 replace_forward(undo, module, _at_places(module.forward, state))
             if compiled is not None:
@@ -204,13 +206,15 @@ def split_model(model: PreTrainedModel, layer: int) -> Split:
             head, right padding changes the logits, or the tail does not equal the full forward.
     """
     try:
-        return _split_and_probe(model, layer)
+        split = _split_and_probe(model, layer)
     except ModelError:
         raise
     except Exception as error:  # whatever a model does that is built in another way
         raise ModelError(
             f"{type(model).__name__} is refused: it cannot be split: {first_line(error)}"
         ) from error
+    page_out(model.parameters())  # the probe has read them all
+    return split
 
 
 def _split_and_probe(model: PreTrainedModel, layer: int) -> Split:

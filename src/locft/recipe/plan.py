@@ -23,6 +23,7 @@ from locft.model.location import parse_location, resolve_location
 from locft.model.packing import PrefixTree, merge_prefixes
 from locft.publish import refuse_taken
 from locft.report.words import counted
+from locft.train.cache import TOKENS_PER_PASS as CACHE_TOKENS_PER_PASS
 from locft.train.calibrate import measure_rates
 from locft.train.cost import (
     USUAL_ANSWER_TOKENS,
@@ -40,8 +41,6 @@ from locft.train.loop import Schedule, shuffled_batches
 from locft.train.outline import size_model
 from locft.types import Edit
 
-# Tokens in one pass of the frozen layers, as `locft.train.cache` takes them.
-_CACHE_PASS_TOKENS = 2048
 _STORED_BYTES = {"float64": 8, "float32": 4}  # in a checkpoint; all other dtypes have 2
 
 
@@ -253,7 +252,7 @@ def _cache_passes(tree: PrefixTree) -> tuple[Pass, ...]:
     """Divide the sequences of a tree among passes of about equal size."""
     lengths = np.diff(tree.starts)
     longest = int(lengths.max())
-    num_passes = math.ceil(len(lengths) * longest / _CACHE_PASS_TOKENS)
+    num_passes = math.ceil(len(lengths) * longest / CACHE_TOKENS_PER_PASS)
     one = Pass(
         tokens=math.ceil(len(tree.tokens) / num_passes),
         sequences=math.ceil(len(lengths) / num_passes),

@@ -19,11 +19,12 @@ from torch import Tensor
 from locft.data.encode import Encoded
 from locft.errors import InputError
 from locft.model.packing import Packed, PrefixTree, merge_prefixes
+from locft.model.paging import page_out
 from locft.model.split import Split
 from locft.progress import progress
 
 # Tokens per pass of the prefix: enough to fill the machine, little enough to fit it.
-_TOKENS_PER_PASS = 2048
+TOKENS_PER_PASS = 2048
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def build_cache(split: Split, examples: Sequence[Encoded], folder: Path | None =
     labels = np.fromiter((token for tokens in targets for token in tokens), np.int32, starts[-1])
     hidden: Tensor | None = None
     with progress("caching the frozen layers", len(examples), "edits") as step:
-        for indices in _passes(tree):
+        for indices in passes_of(tree):
             packed, nodes = tree.pack(indices)
             states = split.prefix(packed.to(device)).cpu()
             if hidden is None:
@@ -124,16 +125,24 @@ def build_cache(split: Split, examples: Sequence[Encoded], folder: Path | None =
             hidden[torch.from_numpy(nodes)] = states
             step(len(indices))
     assert hidden is not None  # there is one example at least
+    page_out(split.model.parameters())  # the frozen layers are done with
     return PrefixCache(tree, hidden, labels, starts, device)
 
 
-def _passes(tree: PrefixTree) -> Iterator[list[int]]:
-    """Group examples that begin alike, as many as one pass may take."""
+def passes_of(tree: PrefixTree) -> Iterator[list[int]]:
+    """Group examples that begin alike, as many as one pass may take.
+
+    Args:
+        tree: The prefix tree of the examples.
+
+    Yields:
+        The indices of the examples of one pass.
+    """
     taken: list[int] = []
     longest = 0
     for index in tree.order.tolist():
         length = len(tree.nodes_of(index))
-        if taken and (len(taken) + 1) * max(longest, length) > _TOKENS_PER_PASS:
+        if taken and (len(taken) + 1) * max(longest, length) > TOKENS_PER_PASS:
             yield taken
             taken, longest = [], 0
         taken.append(index)

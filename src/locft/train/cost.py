@@ -360,7 +360,8 @@ def predict_phases(
     Returns:
         The phases in order; loading comes first, and counts both times.
     """
-    resident = model.num_bytes + (_RUNTIME_BYTES if on_cpu else 0)
+    runtime = _RUNTIME_BYTES if on_cpu else 0
+    resident = runtime + model.num_bytes
     cache_bytes = work.cache_tokens * model.width * model.number_bytes
     # The tuned matrix in the checkpoint's dtype, from training on.
     patch = tuned.num_parameters * model.number_bytes
@@ -369,6 +370,12 @@ def predict_phases(
     drift_held = max((_drift_bytes(model, batch) for batch in work.drift), default=0)
     copies = _copies_bytes(model, tuned, running, training)
     layers = model.layers
+    # On a CPU weights lie in mapped files, and what a phase is done with leaves memory.
+    head = model.width * model.vocabulary
+    below = sum(layer.num_parameters for layer in layers[: tuned.layer]) * model.number_bytes
+    tail = (sum(layer.num_parameters for layer in layers[tuned.layer :]) + head) * model.number_bytes
+    while_caching = runtime + below if on_cpu else resident
+    while_training = runtime + (0 if copies else tail) if on_cpu else resident
     return (
         Phase(
             name="load",
@@ -388,7 +395,7 @@ def predict_phases(
                 for layer in layers[: tuned.layer]
             )
             + cache_bytes / running.fresh_bytes_per_s,
-            peak_memory_bytes=resident
+            peak_memory_bytes=while_caching
             + cache_bytes
             + max(_held_bytes(layers[0], batch.tokens) for batch in work.cache_passes),
         ),
@@ -396,7 +403,7 @@ def predict_phases(
             name="train",
             seconds=work.epochs * sum(step_s(model, tuned, batch, training) for batch in work.steps)
             + _COPY_PASSES * copies / training.fresh_bytes_per_s,
-            peak_memory_bytes=resident
+            peak_memory_bytes=while_training
             + cache_bytes
             + copies
             + _UPDATE_TENSORS * _FLOAT_BYTES * tuned.num_parameters

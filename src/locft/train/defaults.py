@@ -68,7 +68,8 @@ def choose_engine(
         The engine.
 
     Raises:
-        ConfigError: A bfloat16 model is to compute in float32.
+        ConfigError: A bfloat16 model is to compute in float32, or compiled layers of a float32 model in
+            bfloat16.
     """
     if model.dtype == torch.bfloat16 and config.compute_dtype == "float32":
         raise ConfigError(
@@ -76,11 +77,16 @@ def choose_engine(
             " float32, or leave --compute-dtype out"
         )
     kind = (device or model.device).type
+    is_compiled = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
+    if is_compiled and config.compute_dtype == "bfloat16" and model.dtype == torch.float32:
+        raise ConfigError(
+            "compute_dtype bfloat16 is for layers that are not compiled: add --compile off, or load the"
+            " weights in bfloat16 with --dtype bfloat16"
+        )
     wants_bfloat16 = config.compute_dtype == "bfloat16" or (
         # Elsewhere a model's own dtype is the way to choose.
-        config.compute_dtype == "auto" and kind == "cpu" and has_fast_bfloat16()
+        config.compute_dtype == "auto" and kind == "cpu" and not is_compiled and has_fast_bfloat16()
     )
-    is_compiled = config.compile == "on" or (config.compile == "auto" and kind == "cuda")
     return Engine(
         in_bfloat16=wants_bfloat16 and model.dtype == torch.float32,
         compiled="inductor" if is_compiled else None,

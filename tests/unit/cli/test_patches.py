@@ -422,8 +422,8 @@ def test_status_of_what_something_else_changed_exits_with_1(run: Run) -> None:
     assert "0.mlp.down 3 some/model no: tensor" in shown
     assert f"{FIRST.tensors[DOWN_0].new_sha256[:12]}" in shown
     assert f"{BESIDE.tensors[UP_0].new_sha256[:12]} - missing" in shown
-    verdict = "something else changed what the patches had made; 2 patches cannot be reverted as it stands"
-    assert out.endswith(f"{verdict}\n")
+    verdict = "something else changed what the patches had made; 2 patches cannot be reverted"
+    assert out.endswith(f"{verdict} as it stands\n")
     out, _ = run("status", "base", "--json", status=1)
     told = json.loads(out)
     assert told["is_intact"] is False

@@ -138,7 +138,7 @@ def test_the_labels_of_any_batch_are_the_targets_in_order(indices: list[int]) ->
 def test_the_cache_holds_each_examples_prefix_as_if_it_ran_alone(
     tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tokens_per_pass: int, layer: int
 ) -> None:
-    monkeypatch.setattr(cache_module, "_TOKENS_PER_PASS", tokens_per_pass)
+    monkeypatch.setattr(cache_module, "TOKENS_PER_PASS", tokens_per_pass)
     split = split_model(tiny_model, layer)
     cache = build_cache(split, EXAMPLES)
     assert cache.num_examples == len(EXAMPLES)
@@ -165,7 +165,7 @@ class FakeSplit:
 
 
 def test_no_pass_of_the_prefix_exceeds_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "_TOKENS_PER_PASS", 16)
+    monkeypatch.setattr(cache_module, "TOKENS_PER_PASS", 16)
     split: Any = FakeSplit()
     build_cache(split, EXAMPLES)
     assert max(split.sizes) <= 16
@@ -562,6 +562,12 @@ def test_bfloat16_weights_cannot_compute_in_float32() -> None:
     model = make_model(tiny_llama_config()).bfloat16()
     with pytest.raises(ConfigError, match="--dtype float32"):
         choose_engine(RunConfig(compute_dtype="float32"), model)
+
+
+def test_compiled_layers_of_float32_weights_compute_in_float32(tiny_model: PreTrainedModel) -> None:
+    assert choose_engine(RunConfig(compile="on"), tiny_model) == Engine(compiled="inductor")
+    with pytest.raises(ConfigError, match="--compile off"):
+        choose_engine(RunConfig(compile="on", compute_dtype="bfloat16"), tiny_model)
 
 
 def test_layers_are_compiled_where_asked(tiny_model: PreTrainedModel) -> None:
