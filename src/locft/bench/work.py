@@ -13,9 +13,11 @@ position. A share of the machine's rate is taken of the latter, and so is compar
 needed does not count as use.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 from typing import Literal
 
@@ -32,6 +34,7 @@ Kind = Literal["forward", "input gradient", "weight gradient"]
 # A plain step may take this many times what its matrix products alone should take.
 LARGEST_OVERHEAD = 1.3
 _MEASURED_S = 0.25
+_UNCACHED_BYTES = 128 * 2**20  # more than the caches of a processor hold
 _FEWEST_REPEATS = 3
 
 
@@ -211,16 +214,22 @@ def _product(kind: Kind, matrix: Tensor, *, at: Literal["tokens", "targets"] = "
 def _example(
     product: Product, num_rows: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Tensor]:
-    """Make a product on random numbers, laid out as a linear layer does it."""
+    """Make a product on random numbers, laid out as a linear layer does it.
+
+    It takes another matrix each time, as a model does: no cache holds the weights of all layers.
+    """
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
+    num_bytes = product.num_out * product.num_in * dtype.itemsize
+    num_matrices = math.ceil(_UNCACHED_BYTES / num_bytes)
     matrix = random(product.num_out, product.num_in)
+    matrices = cycle([matrix.clone() for _ in range(num_matrices)])
     inputs, gradients = random(num_rows, product.num_in), random(num_rows, product.num_out)
     return {
-        "forward": lambda: inputs @ matrix.T,
-        "input gradient": lambda: gradients @ matrix,
+        "forward": lambda: inputs @ next(matrices).T,
+        "input gradient": lambda: gradients @ next(matrices),
         "weight gradient": lambda: gradients.T @ inputs,
     }[product.kind]
 

@@ -25,21 +25,35 @@ def has_fast_bfloat16() -> bool:
 
 
 @contextmanager
-def bfloat16_products(linears: Iterable[nn.Linear]) -> Iterator[None]:
+def bfloat16_products(parts: Iterable[nn.Module], rounded: nn.Module | None = None) -> Iterator[None]:
     """Let linear layers of a float32 model compute with bfloat16 factors while the body runs.
 
     A frozen weight is rounded once, and laid out once for the products of both directions; one that
-    has a gradient is rounded anew in each pass, and its gradient is float32.
+    has a gradient is rounded anew in each pass, and its gradient is float32. What comes out is float32,
+    but within a gated MLP, where it is rounded again right away, and out of the head.
 
     Args:
-        linears: The layers; float32.
+        parts: The modules whose linear layers are meant; float32.
+        rounded: The one among them, the head, whose results stay bfloat16: they are many.
     """
     with ExitStack() as undo:
-        for linear in linears:
-            replace_forward(undo, linear, _forward_of(linear))
-            if not linear.weight.requires_grad:
-                page_out([linear.weight])  # from here on its copies are read
+        for part in parts:
+            kept = {child for module in part.modules() for child in _gates(module)} | {rounded}
+            for linear in part.modules():
+                if type(linear) is nn.Linear:
+                    dtype = torch.bfloat16 if linear in kept else torch.float32
+                    replace_forward(undo, linear, _forward_of(linear, dtype))
+                    if not linear.weight.requires_grad:
+                        page_out([linear.weight])  # from here on its copies are read
         yield
+
+
+def _gates(mlp: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the frozen projections of a gated MLP whose results only meet each other, and the third."""
+    gate, up, down = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    if type(gate) is type(up) is type(down) is nn.Linear:
+        return () if gate.weight.requires_grad or up.weight.requires_grad else (gate, up)
+    return ()
 
 
 def replace_forward(undo: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -61,7 +75,7 @@ def _restore_forward(module: nn.Module, own: Callable[..., Any] | None) -> None:
         module.__dict__["forward"] = own
 
 
-def _forward_of(linear: nn.Linear) -> Product:
+def _forward_of(linear: nn.Linear, dtype: torch.dtype) -> Product:
     weight, bias = linear.weight, linear.bias
     if weight.requires_grad:
 
@@ -73,7 +87,7 @@ def _forward_of(linear: nn.Linear) -> Product:
         forward, backward = _lay_out(rounded), _lay_out(rounded.t().contiguous())
 
         def multiply(x: Tensor) -> Tensor:
-            return _Frozen.apply(x, forward, backward)  # type: ignore[no-any-return, no-untyped-call]
+            return _Frozen.apply(x, forward, backward, dtype)  # type: ignore[no-any-return, no-untyped-call]
 
     return multiply if bias is None else lambda x: multiply(x) + bias
 
@@ -95,16 +109,16 @@ def _lay_out(weight: Tensor) -> Product:
 
 
 class _Frozen(torch.autograd.Function):
-    """x (..., in) to x W^T (..., out), with a gradient for x alone."""
+    """x (..., in) to x W^T (..., out) in a dtype, with a gradient for x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Product, backward: Product) -> Tensor:
-        ctx.backward_product = backward
-        return _multiply(forward, x)
+    def forward(ctx: Any, x: Tensor, forward: Product, backward: Product, dtype: torch.dtype) -> Tensor:
+        ctx.backward_product, ctx.dtype = backward, x.dtype
+        return _multiply(forward, x, dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _multiply(ctx.backward_product, gradient), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _multiply(ctx.backward_product, gradient, ctx.dtype), None, None, None
 
 
 class _Tuned(torch.autograd.Function):
@@ -112,7 +126,7 @@ class _Tuned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        factor = weight.bfloat16()
+        ctx.dtype, factor = x.dtype, weight.bfloat16()
         ctx.save_for_backward(x.bfloat16(), factor)
         return nn.functional.linear(x.bfloat16(), factor).float()
 
@@ -120,10 +134,10 @@ class _Tuned(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
         rounded = gradient.bfloat16()
-        wanted = (rounded @ weight).float() if ctx.needs_input_grad[0] else None
+        wanted = (rounded @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return wanted, (rounded.flatten(0, -2).t() @ x.flatten(0, -2)).float()
 
 
-def _multiply(product: Product, x: Tensor) -> Tensor:
-    result = product(x.reshape(-1, x.shape[-1]).bfloat16()).float()
+def _multiply(product: Product, x: Tensor, dtype: torch.dtype) -> Tensor:
+    result = product(x.reshape(-1, x.shape[-1]).bfloat16()).to(dtype)
     return result.view(*x.shape[:-1], result.shape[-1])

@@ -100,7 +100,7 @@ class Split:
 
         Args:
             in_bfloat16: Compute the products of linear layers with bfloat16 factors; for a float32
-                model. Which weights have gradients must be settled by now.
+                model. Logits then are bfloat16. Which weights have gradients must be settled by now.
             compiled: The backend of torch.compile to compile each layer with; None for none. It cannot
                 see through products in bfloat16.
 
@@ -134,9 +134,7 @@ class Split:
             below = self.layers.modules[: self.layer]
             if in_bfloat16:
                 head = self.model.get_output_embeddings()
-                parts = [part for module in (*tail, head) for part in module.modules()]
-                linears = [part for part in parts if type(part) is nn.Linear]
-                undo.enter_context(bfloat16_products(linears))
+                undo.enter_context(bfloat16_products((*tail, head), rounded=head))
             for module in self.pointwise:
                 replace_forward(undo, module, _at_places(module.forward, state))
             if compiled is not None:

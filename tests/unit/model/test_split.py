@@ -327,7 +327,7 @@ def test_sequences_longer_than_a_layers_window_are_run_padded() -> None:
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_products_in_bfloat16_stay_close_to_those_in_float32(family: str, layer: int) -> None:
     model = make_model(family_config(family))
     names = resolve_location(model, f"{layer}.mlp").parameters
@@ -340,7 +340,7 @@ def test_products_in_bfloat16_stay_close_to_those_in_float32(family: str, layer:
         with split.tail(in_bfloat16=in_bfloat16) as tail:
             logits = tail(packed_batch(), hidden, asked_nodes())
             gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), tuned)
-        assert logits.dtype == gradients[0].dtype == torch.float32
+        assert gradients[0].dtype == torch.float32
         found.append((logits, *gradients))
     scale = max(gradient.abs().max() for gradient in found[0][1:])
     assert not torch.equal(found[0][0], found[1][0])

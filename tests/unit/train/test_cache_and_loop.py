@@ -19,7 +19,7 @@ from locft.model.location import Location, resolve_location
 from locft.model.packing import Packed, merge_prefixes
 from locft.model.split import Split, split_model
 from locft.train import cache as cache_module
-from locft.train import defaults, loop
+from locft.train import defaults, loop, objective
 from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine, choose_schedule
 from locft.train.loop import Engine, Epoch, Schedule, Trained, train_breadth_first
@@ -227,6 +227,32 @@ def test_the_loss_is_the_mean_that_it_is_called(counts: list[int], seed: int, me
     got = target_loss(logits.float(), labels, rows, mean)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("piece", [1, 384, 1000, 2**19])
+@pytest.mark.parametrize("mean", ["sample", "token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_loss_is_that_of_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, mean: LossMean, dtype: torch.dtype, piece: int
+) -> None:
+    monkeypatch.setattr(objective, "_PIECE", piece)
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(7, 384, generator=generator)).to(dtype).requires_grad_(True)
+    labels = torch.randint(0, 384, (7,), generator=generator)
+    rows = torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    (got,) = torch.autograd.grad(3 * target_loss(logits, labels, rows, mean), logits)
+    singles = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    plain = (
+        singles.mean()
+        if mean == "token"
+        else torch.stack([singles[rows == row].mean() for row in range(3)]).mean()
+    )
+    (expected,) = torch.autograd.grad(3 * plain, logits)
+    assert got.dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(
+        got, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()
+    )
 
 
 def test_the_loss_of_bf16_logits_is_computed_in_float32() -> None:
