@@ -40,6 +40,13 @@ class Packed:
             *(tensor.to(device) for tensor in (self.ids, self.positions, self.grid, self.home))
         )
 
+    def round_up(self, multiple: int) -> "Packed":
+        """Repeat the last node until their number is a multiple; no sequence holds the repeats."""
+        ids, positions, home = (
+            round_up(line, multiple) for line in (self.ids, self.positions, self.home)
+        )
+        return Packed(ids, positions, self.grid, home)
+
 
 @dataclass(frozen=True)
 class PrefixTree:
@@ -86,6 +93,12 @@ class PrefixTree:
             home=torch.from_numpy(places[home]),
         )
         return packed, chosen
+
+
+def round_up(rows: Tensor, multiple: int) -> Tensor:
+    """Repeat the last of some rows until their number is a multiple."""
+    extra = -len(rows) % multiple
+    return torch.cat([rows, rows[-1:].expand(extra, *rows.shape[1:])]) if extra else rows
 
 
 def merge_prefixes(sequences: Sequence[Sequence[int]]) -> PrefixTree:

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from locft.errors import ModelError, first_line
 from locft.model.attention import attention_configs, longest_unwindowed, packed_attention
-from locft.model.packing import Packed, merge_prefixes
+from locft.model.packing import Packed, merge_prefixes, round_up
 from locft.model.paging import page_out
 from locft.model.products import bfloat16_products, replace_forward
 from locft.model.structure import Layers, find_layers, find_pointwise
@@ -41,6 +41,10 @@ _LARGEST_DIVERGENCE = 0.02
 # successors.
 _PROBE_LENGTHS = (11, 7)
 _PROBE_SHARED = 3
+# For products in bfloat16, oneDNN makes code for each number of rows that it meets, and keeps it: over a
+# run that came to 200 MB. So batches come in few sizes.
+_NODES_MULTIPLE = 16
+_ASKED_MULTIPLE = 8
 
 
 class _PrefixDoneError(Exception):
@@ -118,7 +122,11 @@ class Split:
             return args, {**kwargs, "hidden_states": state["hidden"]}
 
         def run(packed: Packed, hidden: Tensor, asked: Tensor) -> Tensor:
+            num_asked = len(asked)
             is_packed = self._is_packed(packed)
+            if in_bfloat16:
+                packed, hidden = packed.round_up(_NODES_MULTIPLE), round_up(hidden, _NODES_MULTIPLE)
+                asked = round_up(asked, _ASKED_MULTIPLE)
             state["hidden"] = hidden.unsqueeze(0) if is_packed else hidden[packed.grid]
             places = asked if is_packed else packed.home[asked]
             # Distinct, since sequences may ask the same node.
@@ -127,7 +135,7 @@ class Split:
             rows = torch.zeros_like(places) if is_packed else places // longest
             columns = places if is_packed else places % longest
             with self._laid_out(packed) as inputs:
-                return logits_at(self.model, rows, columns, **inputs)
+                return logits_at(self.model, rows, columns, **inputs)[:num_asked]
 
         with ExitStack() as undo:
             tail = self.layers.modules[self.layer :]

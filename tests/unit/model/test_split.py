@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM, MistralConfig, PreTrai
 
 from locft.errors import ModelError
 from locft.model.location import resolve_location
-from locft.model.packing import Packed, merge_prefixes
+from locft.model.packing import Packed, merge_prefixes, round_up
 from locft.model.split import Split, split_model
 from locft.model.structure import find_layers
 
@@ -324,6 +325,34 @@ def test_sequences_longer_than_a_layers_window_are_run_padded() -> None:
         logits = tail(packed_batch(), hidden, asked_nodes())
     full = model(input_ids=padded_ids(), use_cache=False).logits[rows, columns]
     assert (logits - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+@pytest.mark.parametrize("num", [1, 15, 16, 17])
+def test_repeated_rows_change_nothing(tiny_model: PreTrainedModel, num: int) -> None:
+    split = split_model(tiny_model, 1)
+    packed = packed_batch([list(range(5, 5 + num))])
+    rounded = packed.round_up(16)
+    assert len(rounded.ids) == len(rounded.positions) == len(rounded.home) == 16 * math.ceil(num / 16)
+    for one in (split, unpackable(split)):
+        with torch.no_grad():
+            hidden = one.prefix(packed)
+            assert torch.equal(one.prefix(packed.round_up(1)), hidden)
+            torch.testing.assert_close(one.prefix(rounded), round_up(hidden, 16))
+
+
+def test_batches_for_products_in_bfloat16_come_in_few_sizes(tiny_model: PreTrainedModel) -> None:
+    split = split_model(tiny_model, 1)
+    packed = packed_batch()
+    hidden = split.prefix(packed)
+    middle = shapes_seen(split.layers.modules[1].get_submodule("mlp.down_proj"))
+    head = shapes_seen(tiny_model.get_output_embeddings())
+    with torch.no_grad(), split.tail(in_bfloat16=True) as tail:
+        logits = tail(packed, hidden, packed.grid[0, :3])
+        full = tail(packed, hidden, asked_nodes())
+    assert logits.shape == (3, 384)
+    assert torch.equal(logits, full[:3])
+    assert [shape[1] for shape in middle] == [48, 48]  # of 35 nodes
+    assert [shape[1] for shape in head] == [8, 40]  # of 3 and 39 that are asked
 
 
 @pytest.mark.parametrize("layer", [1, 2])
