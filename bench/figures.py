@@ -1,6 +1,7 @@
 """Measure the figures that docs/defaults.md shows, on a file of ZsRE edits.
 
     python bench/figures.py reference ZSRE.json   200 edits, seeds 0, 1, 2, the settings of the issue
+    python bench/figures.py products ZSRE.json    the same with products in float32, and in bfloat16
     python bench/figures.py defaults ZSRE.json    no flags: 1, 5, 20, 200 and 1,000 edits, and the demo
 
 Each writes one JSON file into bench/results and prints a Markdown table. Run them alone: a second
@@ -15,12 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import locft
 from locft.report.schema import EditReport
 from locft.report.words import bytes_text, figure_text, seconds_text
 
 REFERENCE = locft.RunConfig(location="20.mlp.down", batch_size=20, lr=2e-3, epochs=20)
+DTYPES: tuple[Literal["float32"], Literal["bfloat16"]] = ("float32", "bfloat16")
 NUM_EDITS = (1, 5, 20, 200, 1000)
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,11 +35,27 @@ def measure_reference(file: Path) -> Iterator[tuple[str, EditReport]]:
         yield f"seed {seed}", run(edits, replace(REFERENCE, seed=seed))
 
 
+def measure_products(file: Path) -> Iterator[tuple[str, EditReport]]:
+    """Edit the same facts with the products of training in float32, and in bfloat16."""
+    edits = locft.read_edits(file).edits[:200]
+    for seed in (0, 1, 2):
+        for dtype in DTYPES:
+            config = replace(REFERENCE, seed=seed, compute_dtype=dtype)
+            yield f"seed {seed}, {dtype}", run(edits, config)
+
+
 def measure_defaults(file: Path) -> Iterator[tuple[str, EditReport]]:
     """Edit the first n facts, and the packaged ones, without any setting."""
     yield "demo facts", run("demo", locft.RunConfig())
     for num in NUM_EDITS:
         yield f"{num:,} ZsRE", run(locft.read_edits(file).edits[:num], locft.RunConfig())
+
+
+MEASUREMENTS = {
+    "reference": measure_reference,
+    "products": measure_products,
+    "defaults": measure_defaults,
+}
 
 
 def run(edits: str | Sequence[locft.Edit], config: locft.RunConfig) -> EditReport:
@@ -53,16 +72,15 @@ def _edit(edits: str | Sequence[locft.Edit], config: locft.RunConfig) -> EditRep
 def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("reference", "defaults"))
+    parser.add_argument("what", choices=MEASUREMENTS)
     parser.add_argument("file", type=Path)
     words = parser.parse_args()
-    measure = measure_reference if words.what == "reference" else measure_defaults
     reports: dict[str, EditReport] = {}
     print(
         "| run | reliability | generalization | locality | drift | epochs | training | in all | memory |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, report in measure(words.file):
+    for name, report in MEASUREMENTS[words.what](words.file):
         reports[name] = report
         scores, cost = report.scores, report.cost
         cells = [
