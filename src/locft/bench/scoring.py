@@ -152,7 +152,7 @@ def _compare(
     config: RunConfig,
 ) -> ScoringBench:
     prompts = list(dict.fromkeys(prompts_of(edits)))
-    guesses = guesses_for(edits, base_answers)
+    guesses = guesses_for(edits)
     _answer(subject, prompts[:1], {})  # what is done once for a device is no part of either
     plain, _, plain_s = _answer(subject, prompts, {})
     guessed, confirmed, guessed_s = _answer(subject, prompts, guesses)

@@ -1,6 +1,6 @@
 """Answers prompts by greedy decoding under the published protocol."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import takewhile
@@ -22,6 +22,9 @@ from locft.model.split import logits_at
 from locft.progress import Step, progress
 
 MAX_NEW_TOKENS = 32
+# A batch is decoded until its longest answer ends, and most answers are short. So after so many tokens
+# those that have ended are left behind, and the others go on together, in new batches.
+_STAGES = (4, 12, MAX_NEW_TOKENS)
 
 # By how much of the logits' size the largest must lead for a guess to count, in each dtype: many
 # times what padding on the other side, or keys and values from a cache, make of it. Their size is
@@ -93,27 +96,56 @@ def _decode_greedily(
     step: Step,
 ) -> dict[str, list[int]]:
     """Decode the tokens that follow each prompt, without the one that ends a sequence."""
-    # Longest first: little is padded, and memory is at its peak at once.
-    pending = sorted(ids, key=lambda prompt: (-len(ids[prompt]), prompt))
     rows: dict[str, list[int]] = {}
-    generate: Any = model.generate
+    pending = {prompt: list(of_prompt) for prompt, of_prompt in ids.items()}
+    num_decoded = 0
     with _greedy(model, ends):
-        for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
-            longest = len(ids[batch[0]])
-            padded = [[0] * (longest - len(ids[prompt])) + [*ids[prompt]] for prompt in batch]
-            mask = [[int(i >= longest - len(ids[p])) for i in range(longest)] for p in batch]
-            stop_at.prompt_length = longest
-            generated: Tensor = generate(
-                torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                stopping_criteria=StoppingCriteriaList([stop_at]),
-            )
-            # Not left to skip_special_tokens: a token that ends an answer need not be a special one.
-            for prompt, row in zip(batch, generated[:, longest:].tolist(), strict=True):
-                rows[prompt] = list(takewhile(lambda token: token not in ends, row))
-            step(len(batch))
+        for num_tokens in _STAGES:
+            # Longest first: little is padded, and memory is at its peak at once.
+            order = sorted(pending, key=lambda prompt: (-len(pending[prompt]), prompt))
+            unfinished: dict[str, list[int]] = {}
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                texts = [pending[prompt] for prompt in batch]
+                decoded = _decode_some(model, texts, num_decoded, num_tokens - num_decoded, stop_at)
+                for prompt, text, row in zip(batch, texts, decoded, strict=True):
+                    whole = text[len(ids[prompt]) :] + row
+                    # Not left to skip_special_tokens: a token that ends an answer need not be special.
+                    answer = list(takewhile(lambda token: token not in ends, whole))
+                    if (
+                        len(answer) < len(whole)
+                        or num_tokens == MAX_NEW_TOKENS
+                        or stop_at.ends_in(answer)
+                    ):
+                        rows[prompt] = answer
+                    else:
+                        unfinished[prompt] = text + row
+                step(len(batch) - sum(prompt in unfinished for prompt in batch))
+            pending, num_decoded = unfinished, num_tokens
     return rows
+
+
+def _decode_some(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    num_before: int,
+    num_tokens: int,
+    stop_at: "_StopAt",
+) -> list[list[int]]:
+    """Go on with texts, the last `num_before` tokens of which were decoded, by a number of tokens."""
+    longest = max(map(len, texts))
+    padded = [[0] * (longest - len(text)) + [*text] for text in texts]
+    mask = [[int(i >= longest - len(text)) for i in range(longest)] for text in texts]
+    stop_at.prompt_length = longest - num_before
+    generate: Any = model.generate
+    generated: Tensor = generate(
+        torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        stopping_criteria=StoppingCriteriaList([stop_at]),
+        max_new_tokens=num_tokens,
+    )
+    decoded: list[list[int]] = generated[:, longest:].tolist()
+    return decoded
 
 
 def _confirm_guesses(
@@ -193,7 +225,6 @@ def _greedy(model: PreTrainedModel, ends: set[int]) -> Iterator[None]:
     """Give the model plain greedy decoding: its own generation settings may sample or penalise."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         eos_token_id=sorted(ends),
         pad_token_id=min(ends),
@@ -224,8 +255,15 @@ class _StopAt(StoppingCriteria):
         """Tell whether a token holds a stop."""
         return token in self._end_ids
 
+    def ends_in(self, tokens: Sequence[int]) -> bool:
+        """Tell whether the newest of some tokens ends the answer that they make."""
+        return bool(tokens) and bool(self._ends(torch.tensor([[*tokens]], device=self.ends.device)))
+
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
-        new = input_ids[:, self.prompt_length :].clamp(max=len(self.ends) - 1)
+        return self._ends(input_ids[:, self.prompt_length :])
+
+    def _ends(self, new: Tensor) -> Tensor:
+        new = new.clamp(max=len(self.ends) - 1)
         return self.ends[new[:, -1]] & self.speaks[new].any(dim=1)
 
 

@@ -155,7 +155,7 @@ def _edit(
     watch.lap("load")
     say("answering after the edit, and measuring drift")
     with swapped_in(subject.loaded.model, values):
-        guesses = guesses_for(gathered.edits, base_answers)
+        guesses = guesses_for(gathered.edits)
         answers = subject.answer(prompts, "answering, edited", guesses=guesses)
     drift = drift_of_values(subject, values, text)
     watch.lap("eval")

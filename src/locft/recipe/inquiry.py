@@ -135,13 +135,13 @@ def evaluate(
         values = patched_values(subject.loaded.model, subject.loaded.checkpoint.folder, found)
         base_answers = subject.answer(prompts, "answering, unedited")
         with swapped_in(subject.loaded.model, values):
-            guesses = guesses_for(gathered.edits, base_answers)
+            guesses = guesses_for(gathered.edits)
             answers = subject.answer(prompts, "answering, edited", guesses=guesses)
         drift = drift_of_values(subject, values, text)
     else:
         answers = subject.answer(prompts, "answering", guesses=guesses_for(gathered.edits))
     if unedited is not None:
-        base_answers = unedited.answer(prompts, "answering, unedited", guesses=answers)
+        base_answers = unedited.answer(prompts, "answering, unedited")
         drift = drift_between(unedited, subject, text)
     watch.lap("eval")
     before = None
