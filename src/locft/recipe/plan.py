@@ -26,7 +26,6 @@ from locft.report.words import counted
 from locft.train.cache import TOKENS_PER_PASS as CACHE_TOKENS_PER_PASS
 from locft.train.calibrate import measure_rates
 from locft.train.cost import (
-    USUAL_ANSWER_TOKENS,
     Disk,
     Pass,
     Phase,
@@ -228,10 +227,10 @@ def _count_work(
         asked = sum(encoded[index].num_targets for index in batch)
         steps.append(Pass(tokens=len(packed.ids), sequences=sequences, longest=longest, asked=asked))
     prompts = {prompt: len(codec.prompt_ids(prompt)) for prompt in prompts_of(edits)}
-    # Rephrases are answered with their edit's target, if all goes well; other prompts anyhow.
-    guesses = dict.fromkeys(prompts, USUAL_ANSWER_TOKENS)
-    for edit, example in zip(edits, encoded, strict=True):
-        guesses |= dict.fromkeys((edit.prompt, *edit.rephrases), example.num_targets - 1)
+    # What was trained is answered with its target, if all goes well.
+    guesses = {
+        edit.prompt: example.num_targets - 1 for edit, example in zip(edits, encoded, strict=True)
+    }
     confirmed = [(prompts[prompt] + guess, guess + 1) for prompt, guess in guesses.items()]
     # What is compared on neutral text is every position, padding included.
     texts = _batches([(len(ids), 0) for ids in windows], lambda longest: TOKENS_PER_PASS // longest)

@@ -41,9 +41,6 @@ _START_S = 1.5
 # tokens the others have. A batch is decoded until its longest answer ends.
 _UNENDED_SHARE = 0.05
 USUAL_ANSWER_TOKENS = 8
-# Share of guessed answers that are not confirmed and are decoded: rephrases and neighbours, not the
-# edits' own prompts, which were trained until they hold.
-_UNCONFIRMED_SHARE = 0.35
 # Python, torch, transformers and a tokenizer in memory, without any model.
 _RUNTIME_BYTES = 450_000_000
 # What a layer keeps for its backward pass, in widths of the residual stream and of its MLP.
@@ -365,7 +362,6 @@ def predict_phases(
     cache_bytes = work.cache_tokens * model.width * model.number_bytes
     # The tuned matrix in the checkpoint's dtype, from training on.
     patch = tuned.num_parameters * model.number_bytes
-    decoded = work.scored_share * _UNCONFIRMED_SHARE
     answers_held = max((_answer_bytes(model, batch, work) for batch in work.answers), default=0)
     drift_held = max((_drift_bytes(model, batch) for batch in work.drift), default=0)
     copies = _copies_bytes(model, tuned, running, training)
@@ -412,7 +408,7 @@ def predict_phases(
         Phase(
             name="answer after",
             seconds=sum(_full_s(model, batch, running) for batch in work.guesses)
-            + _decode_s(model, work, running, share=decoded),
+            + _decode_s(model, work, running, share=work.scored_share),
             peak_memory_bytes=resident + patch + answers_held,
         ),
         Phase(
