@@ -40,7 +40,7 @@ _START_S = 1.5
 # Share of answers of an unedited model that no "." or newline ends before the limit, and how many
 # tokens the others have. A batch is decoded until its longest answer ends.
 _UNENDED_SHARE = 0.05
-USUAL_ANSWER_TOKENS = 8
+_USUAL_ANSWER_TOKENS = 8
 # Python, torch, transformers and a tokenizer in memory, without any model.
 _RUNTIME_BYTES = 450_000_000
 # What a layer keeps for its backward pass, in widths of the residual stream and of its MLP.
@@ -445,7 +445,7 @@ def predict_disk(model: ModelSize, tuned: Tuned, work: Work, stored_bytes: int) 
 def expected_new_tokens(num_prompts: int, max_new_tokens: int) -> float:
     """Say how many tokens a batch of prompts is decoded for, until its longest answer ends."""
     all_end = (1 - _UNENDED_SHARE) ** num_prompts
-    return all_end * min(USUAL_ANSWER_TOKENS, max_new_tokens) + (1 - all_end) * max_new_tokens
+    return all_end * min(_USUAL_ANSWER_TOKENS, max_new_tokens) + (1 - all_end) * max_new_tokens
 
 
 def _up_numbers(layer: LayerSize) -> int:
