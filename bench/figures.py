@@ -12,13 +12,12 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import locft
+from locft.bench.process import run_alone
 from locft.report.schema import EditReport
 from locft.report.words import bytes_text, figure_text, seconds_text
 
@@ -60,8 +59,7 @@ MEASUREMENTS = {
 
 def run(edits: str | Sequence[locft.Edit], config: locft.RunConfig) -> EditReport:
     """Edit the embedded model in a process of its own, so that its peak memory is its own, too."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_edit, edits, config).result()
+    return run_alone(_edit, edits, config)
 
 
 def _edit(edits: str | Sequence[locft.Edit], config: locft.RunConfig) -> EditReport:

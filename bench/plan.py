@@ -10,13 +10,12 @@ alone in a process of its own, so that its peak memory is its own, too. Writes b
 import argparse
 import json
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import locft
+from locft.bench.process import run_alone
 from locft.data.gather import read_source
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
@@ -29,10 +28,8 @@ def compare(model: str, edits: str, num: int, config: locft.RunConfig) -> dict[s
         Predicted and measured seconds of each part, and bytes of memory and of the patch.
     """
     given = list(read_source(edits).edits[:num])
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        predicted = pool.submit(locft.plan, model, given, config).result()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        report = pool.submit(_edit, model, given, config).result()
+    predicted = run_alone(locft.plan, model, given, config)
+    report = run_alone(_edit, model, given, config)
     seconds = {phase.name: phase.seconds for phase in predicted.phases}
     cost = report.cost
     return {

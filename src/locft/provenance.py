@@ -14,7 +14,7 @@ from locft.data.encode import PromptFormat
 from locft.data.gather import GatheredEdits
 from locft.evaluation.drift import Drift, NeutralText
 from locft.evaluation.generate import MAX_NEW_TOKENS
-from locft.model.load import LoadedModel
+from locft.model.load import LoadedModel, dtype_name
 from locft.model.location import Location
 from locft.model.structure import find_layers
 from locft.patch.format import Patch
@@ -60,7 +60,7 @@ def describe_model(loaded: LoadedModel) -> ModelInfo:
         architecture=type(loaded.model).__name__,
         num_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         num_layers=len(find_layers(loaded.model)),
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(loaded.model.dtype),
     )
 
 
@@ -138,17 +138,27 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory that was in use: of the device on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        # Not ru_maxrss, which a process inherits from the one that started it.
-        return next(
-            int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")
-        )
-    except (OSError, StopIteration):
-        pass
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    peak = process_bytes("VmHWM")
+    if peak is not None:
+        return peak
     # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def process_bytes(field: str) -> int | None:
+    """Read a size from Linux's account of this process; None where the system does not tell.
+
+    Args:
+        field: ``VmHWM``, the most memory that was resident, or another field of /proc/self/status.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _device_name(device: torch.device) -> str:

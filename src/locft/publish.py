@@ -191,6 +191,25 @@ def sync_folder(folder: Path) -> None:
     _sync(folder, os.O_DIRECTORY)
 
 
+def require_space(shown: Path, folder: Path, num_bytes: int, purpose: str = "") -> None:
+    """Refuse to write more than a disk has room for.
+
+    Args:
+        shown: What the message names.
+        folder: A folder on the disk.
+        num_bytes: How much is to be written.
+        purpose: What for, for the message: `` for ...``.
+
+    Raises:
+        InputError: There is not enough free space.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise InputError(
+            f"{shown}: not enough disk space{purpose}: {num_bytes:,} bytes needed, {free:,} bytes free"
+        )
+
+
 def refuse_taken(target: Path) -> None:
     """Refuse a folder that something stands in already, or that cannot be created.
 

@@ -8,11 +8,10 @@ import gc
 import statistics
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, pairwise, takewhile
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +21,23 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from locft.bench.process import run_alone
+from locft.bench.training import Clock
 from locft.config import RunConfig
 from locft.data.encode import Encoded
 from locft.data.gather import check_tokens, gather_edits
 from locft.evaluation.subject import Subject, load_subject
 from locft.model.load import context_tokens
 from locft.model.location import Location, parse_location, resolve_location
+from locft.model.packing import count_shared
 from locft.model.split import split_model
 from locft.model.structure import find_layers
 from locft.model.weights import swapped_in
-from locft.provenance import describe_environment, describe_model
+from locft.provenance import describe_environment, describe_model, process_bytes
 from locft.report.schema import Environment, ModelInfo
 from locft.report.words import counted
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_engine, choose_schedule
-from locft.train.loop import Epoch, train_breadth_first
+from locft.train.loop import train_breadth_first
 from locft.types import Edit
 
 if TYPE_CHECKING:  # an optional dependency
@@ -313,20 +314,16 @@ def _train(
     # Enough for a number of steps, as an epoch has one at least.
     num_epochs = num_unmeasured + schedule.epochs if num_steps is None else num_steps
     split = split_model(network, location.layer)
-    began = _now(network.device)
+    caching = Clock(network.device)
     cache = build_cache(split, examples)
-    cached = _now(network.device)
+    caching.note()
     on_cached()
-    ends = [_now(network.device)]
-
-    def mark(_: Epoch) -> None:
-        ends.append(_now(network.device))
-
+    epochs = Clock(network.device)
     schedule = replace(schedule, epochs=num_epochs)
     with swapped_in(network, tuned), _ended_after(num_steps) as steps:
-        train_breadth_first(split, location, cache, schedule, mark, engine=engine)
-    lasted = [end - start for start, end in pairwise(ends)]
-    return _Times(cached - began, tuple(lasted[num_unmeasured:]), len(steps))
+        train_breadth_first(split, location, cache, schedule, lambda _: epochs.note(), engine=engine)
+    [cache_s] = caching.laps
+    return _Times(cache_s, epochs.laps[num_unmeasured:], len(steps))
 
 
 class _EnoughStepsError(Exception):
@@ -350,12 +347,6 @@ def _ended_after(num_steps: int | None) -> Iterator[list[int]]:
         pass
     finally:
         handle.remove()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # its work is only queued until then
-    return time.perf_counter()
 
 
 def _measure_memory(
@@ -396,12 +387,7 @@ def _measure_memory(
 
 def anonymous_bytes() -> int | None:
     """Read how much memory of this process no file backs; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
-    return int(found[0]) * 1024 if found else None
+    return process_bytes("RssAnon")
 
 
 @contextmanager
@@ -475,8 +461,7 @@ def _shared_lengths(prompts: Sequence[tuple[int, ...]]) -> list[int]:
     lengths = [0] * len(prompts)
     # Whatever shares the most with a prompt stands beside it.
     for index, following in pairwise(order):
-        pairs = zip(prompts[index], prompts[following], strict=False)
-        num = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        num = count_shared(prompts[index], prompts[following])
         for each in (index, following):
             lengths[each] = min(max(lengths[each], num), len(prompts[each]) - 1)
     return lengths

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locft.bench.stand import Stand
-from locft.bench.training import Clock, Training, dtype_name
+from locft.bench.training import Clock, Training
 from locft.data.encode import Encoded
+from locft.model.load import dtype_name
 from locft.progress import progress
 from locft.train.loop import shuffled_batches
 

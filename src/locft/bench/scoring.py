@@ -21,7 +21,7 @@ from locft.model.weights import swapped_in
 from locft.patch.format import open_patch
 from locft.patch.weights import patched_values
 from locft.provenance import describe_environment, describe_model
-from locft.recipe.run_folder import EDITS_FILE
+from locft.recipe.run_folder import edits_of_run
 from locft.report.schema import Environment, ModelInfo
 from locft.report.words import counted
 from locft.types import Edit, Figure
@@ -129,7 +129,7 @@ def measure_scoring(
     check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
     taken = gathered.edits[:num_edits]
     say(f"answering {counted(len(set(prompts_of(taken))), 'prompt')}, twice")
-    # Locality is scored, and guessed, by what the model answered before the edit.
+    # Locality is scored by what the model answered before the edit.
     base_answers = subject.answer(
         [text for edit in taken for text in edit.locality], "answering, unedited"
     )
@@ -140,8 +140,7 @@ def measure_scoring(
 
 
 def _edits_of_run(patch: str | Path | None) -> str | Path:
-    file = None if patch is None else Path(patch) / EDITS_FILE
-    return file if file is not None and file.is_file() else "demo"
+    return (None if patch is None else edits_of_run(Path(patch))) or "demo"
 
 
 def _compare(

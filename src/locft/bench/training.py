@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from locft.bench.work import synchronise
+from locft.train.calibrate import synchronise
 
 
 class Clock:
@@ -49,8 +49,3 @@ class Training:
     step_seconds: tuple[float, ...] = ()
     step_tokens: tuple[int, ...] = ()
     same_tokens: bool = True
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name: ``float32``."""
-    return str(dtype).removeprefix("torch.")

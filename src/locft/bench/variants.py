@@ -12,11 +12,11 @@ from typing import Any
 from locft.bench.published import train_published
 from locft.bench.schema import Variant
 from locft.bench.stand import Stand, Task, answers_right, set_up
-from locft.bench.training import Clock, Training, dtype_name
+from locft.bench.training import Clock, Training
 from locft.bench.trl_trainer import import_trl, train_trl
 from locft.bench.work import Product, measure_rates, needed_epoch, needed_positions, plain_step
 from locft.config import RunConfig, with_settings
-from locft.model.load import DTYPES, choose_device
+from locft.model.load import DTYPES, choose_device, dtype_name
 from locft.model.split import split_model
 from locft.provenance import describe_environment, peak_memory_bytes
 from locft.report.schema import Environment
@@ -183,7 +183,7 @@ def _train_ours(stand: Stand, config: RunConfig) -> Training:
     [matrix] = trained.matrices.values()
     return Training(
         matrix=matrix,
-        dtype="bfloat16" if engine.in_bfloat16 else dtype_name(model.dtype),
+        dtype=engine.compute_dtype(model),
         losses=tuple(epoch.loss for epoch in trained.epochs),
         epoch_seconds=epochs.laps,
     )

@@ -14,7 +14,6 @@ needed does not count as use.
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -29,13 +28,13 @@ from locft.data.encode import Encoded
 from locft.errors import LocationError, ModelError
 from locft.model.location import Location
 from locft.model.structure import find_layers, find_parameters, find_pointwise
+from locft.train.calibrate import median_s
 
 Kind = Literal["forward", "input gradient", "weight gradient"]
 # A plain step may take this many times what its matrix products alone should take.
 LARGEST_OVERHEAD = 1.3
 _MEASURED_S = 0.25
 _UNCACHED_BYTES = 128 * 2**20  # more than the caches of a processor hold
-_FEWEST_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,8 @@ def measure_rates(
     found: dict[str, float] = {}
     for product in products:
         if product.name not in found:
-            seconds = _time(_example(product, num_tokens, dtype, device), device)
+            run = _example(product, num_tokens, dtype, device)
+            seconds = median_s(run, device, seconds=_MEASURED_S, long_s=math.inf)
             found[product.name] = product.operations(num_tokens, num_tokens) / seconds
     return found
 
@@ -232,23 +232,3 @@ def _example(
         "input gradient": lambda: gradients @ next(matrices),
         "weight gradient": lambda: gradients.T @ inputs,
     }[product.kind]
-
-
-def _time(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Time a product: repeat it for a while, and take the median."""
-    run()
-    taken: list[float] = []
-    end = time.perf_counter() + _MEASURED_S
-    while len(taken) < _FEWEST_REPEATS or time.perf_counter() < end:
-        synchronise(device)
-        began = time.perf_counter()
-        run()
-        synchronise(device)
-        taken.append(time.perf_counter() - began)
-    return median(taken)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what a device has been given to do: on CUDA its work is only queued until then."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

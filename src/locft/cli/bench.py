@@ -9,9 +9,12 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from locft.cli.say import print_json, say
 from locft.cli.show import make_console, show_engine, show_growth, show_scoring
@@ -48,11 +51,7 @@ def run_engine(words: argparse.Namespace, config: RunConfig) -> int:
         num_rounds=words.rounds,
         say=say,
     )
-    _keep(words, asdict(report), lambda: draw_engine(report))
-    if words.json:
-        print_json(asdict(report))
-    else:
-        show_engine(make_console(), report)
+    _hand_over(words, report, show_engine, draw_engine)
     return 0
 
 
@@ -69,11 +68,7 @@ def run_growth(words: argparse.Namespace, config: RunConfig) -> int:
         num_steps=words.steps,
     )
     growth = measure_growth(words.model or "demo", words.edits or "demo", plan, config, say=say)
-    _keep(words, asdict(growth), lambda: draw_growth(growth))
-    if words.json:
-        print_json(asdict(growth))
-    else:
-        show_growth(make_console(), growth)
+    _hand_over(words, growth, show_growth, draw_growth)
     return 0
 
 
@@ -85,11 +80,7 @@ def run_scoring(words: argparse.Namespace, config: RunConfig) -> int:
     bench = measure_scoring(
         words.model or "demo", words.edits, words.patch, words.num_edits, config, say=say
     )
-    _keep(words, asdict(bench))
-    if words.json:
-        print_json(asdict(bench))
-    else:
-        show_scoring(make_console(), bench)
+    _hand_over(words, bench, show_scoring)
     if bench.is_equal:
         return 0
     say("the answers or scores with guesses are not those without")
@@ -102,12 +93,26 @@ def _refuse_taken(words: argparse.Namespace) -> None:
         refuse_taken(Path(words.output))
 
 
-def _keep(
-    words: argparse.Namespace, record: dict[str, Any], draw: "Callable[[], Picture] | None" = None
+def _hand_over(
+    words: argparse.Namespace,
+    found: Any,
+    show: Callable[[Console, Any], None],
+    draw: "Callable[[Any], Picture] | None" = None,
 ) -> None:
-    """Write what was found into the output folder, if there is one: as JSON, and drawn if it can be."""
-    if words.output is None:
-        return
+    """Write what was found into the output folder, if there is one, and then print or show it."""
+    record = asdict(found)
+    if words.output is not None:
+        _keep(words, record, None if draw is None else partial(draw, found))
+    if words.json:
+        print_json(record)
+    else:
+        show(make_console(), found)
+
+
+def _keep(
+    words: argparse.Namespace, record: dict[str, Any], draw: "Callable[[], Picture] | None"
+) -> None:
+    """Write what was found into the output folder: as JSON, and drawn if it can be."""
     name = words.benchmark
     with staged_folder(Path(words.output)) as folder:
         text = json.dumps(record, indent=2, ensure_ascii=False)

@@ -241,8 +241,7 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
 
     engine = _command(benchmarks, "engine", "time training beside what else would do it", _ENGINE_EPILOG)
-    engine.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: demo)")
-    engine.add_argument("edits", metavar="EDITS", nargs="?", help=f"{_EDITS_HELP} (default: demo)")
+    _add_subject(engine, "demo")
     engine.add_argument(
         "-o", "--output", metavar="DIR", help="folder to make, with engine.json and a picture"
     )
@@ -251,13 +250,8 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
         choices=SHAPES,
         help="instead of MODEL and EDITS, take random ones of this shape (llama-8b: batches of 100)",
     )
-    for flag, num, what in (
-        ("num-edits", 100, "how many edits to take, from the first on"),
-        ("rounds", 2, "how often to let each variant have its turn"),
-    ):
-        engine.add_argument(
-            f"--{flag}", type=_count, default=num, metavar="N", help=f"{what} (default: {num})"
-        )
+    _add_count(engine, "num-edits", 100, "how many edits to take, from the first on")
+    _add_count(engine, "rounds", 2, "how often to let each variant have its turn")
     engine.add_argument(
         "--variants",
         type=_names,
@@ -272,8 +266,7 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     growth = _command(
         benchmarks, "growth", "time training with more edits and at other depths", _GROWTH_EPILOG
     )
-    growth.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: demo)")
-    growth.add_argument("edits", metavar="EDITS", nargs="?", help=f"{_EDITS_HELP} (default: demo)")
+    _add_subject(growth, "demo")
     growth.add_argument(
         "-o", "--output", metavar="DIR", help="folder to make, with growth.json and a picture"
     )
@@ -296,13 +289,8 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
         metavar="L,L",
         help=f"tuning locations to time an epoch at (default: {locations})",
     )
-    for flag, num, what in (
-        ("depth-edits", 1000, "edits to time those locations with"),
-        ("steps", 50, "steps to take where memory is measured"),
-    ):
-        growth.add_argument(
-            f"--{flag}", type=_count, default=num, metavar="N", help=f"{what} (default: {num})"
-        )
+    _add_count(growth, "depth-edits", 1000, "edits to time those locations with")
+    _add_count(growth, "steps", 50, "steps to take where memory is measured")
     _add_json(growth, "print the measurements as JSON on stdout instead of tables")
     also = ("location", "format", "batch_size", "epochs")
     _add_settings(growth, {"machine", "model"}, also, {"epochs": 1})
@@ -310,24 +298,26 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     scoring = _command(
         benchmarks, "scoring", "check that guessing changes no answer, and time it", _SCORING_EPILOG
     )
-    scoring.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: demo)")
-    scoring.add_argument(
-        "edits",
-        metavar="EDITS",
-        nargs="?",
-        help=f"{_EDITS_HELP} (default: those of the run folder, or demo)",
-    )
+    _add_subject(scoring, "those of the run folder, or demo")
     scoring.add_argument("--patch", metavar="P", help="patch or run folder to put into MODEL")
-    scoring.add_argument(
-        "--num-edits",
-        type=_count,
-        default=1000,
-        metavar="N",
-        help="how many edits to take, from the first on (default: 1000)",
-    )
+    _add_count(scoring, "num-edits", 1000, "how many edits to take, from the first on")
     scoring.add_argument("-o", "--output", metavar="DIR", help="folder to make, with scoring.json")
     _add_json(scoring, "print the measurements as JSON on stdout instead of a table")
     _add_settings(scoring, {"machine", "model"}, ("format",))
+
+
+def _add_subject(parser: argparse.ArgumentParser, default_edits: str) -> None:
+    """Add the model and the edits of a benchmark, which may be left out."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: demo)")
+    parser.add_argument(
+        "edits", metavar="EDITS", nargs="?", help=f"{_EDITS_HELP} (default: {default_edits})"
+    )
+
+
+def _add_count(parser: argparse.ArgumentParser, flag: str, default: int, what: str) -> None:
+    parser.add_argument(
+        f"--{flag}", type=_count, default=default, metavar="N", help=f"{what} (default: {default})"
+    )
 
 
 def parse_words(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -108,15 +108,11 @@ def _decode_greedily(
                 batch = order[start : start + batch_size]
                 texts = [pending[prompt] for prompt in batch]
                 decoded = _decode_some(model, texts, num_decoded, num_tokens - num_decoded, stop_at)
-                for prompt, text, row in zip(batch, texts, decoded, strict=True):
+                for prompt, text, (row, has_ended) in zip(batch, texts, decoded, strict=True):
                     whole = text[len(ids[prompt]) :] + row
                     # Not left to skip_special_tokens: a token that ends an answer need not be special.
                     answer = list(takewhile(lambda token: token not in ends, whole))
-                    if (
-                        len(answer) < len(whole)
-                        or num_tokens == MAX_NEW_TOKENS
-                        or stop_at.ends_in(answer)
-                    ):
+                    if has_ended or len(answer) < len(whole) or num_tokens == MAX_NEW_TOKENS:
                         rows[prompt] = answer
                     else:
                         unfinished[prompt] = text + row
@@ -131,8 +127,12 @@ def _decode_some(
     num_before: int,
     num_tokens: int,
     stop_at: "_StopAt",
-) -> list[list[int]]:
-    """Go on with texts, the last `num_before` tokens of which were decoded, by a number of tokens."""
+) -> list[tuple[list[int], bool]]:
+    """Go on with texts, the last `num_before` tokens of which were decoded, by a number of tokens.
+
+    Returns:
+        For each text its new tokens, and whether the last of them holds a stop.
+    """
     longest = max(map(len, texts))
     padded = [[0] * (longest - len(text)) + [*text] for text in texts]
     mask = [[int(i >= longest - len(text)) for i in range(longest)] for text in texts]
@@ -144,8 +144,8 @@ def _decode_some(
         stopping_criteria=StoppingCriteriaList([stop_at]),
         max_new_tokens=num_tokens,
     )
-    decoded: list[list[int]] = generated[:, longest:].tolist()
-    return decoded
+    has_ended = stop_at(generated, None).tolist()
+    return list(zip(generated[:, longest:].tolist(), has_ended, strict=True))
 
 
 def _confirm_guesses(
@@ -255,15 +255,8 @@ class _StopAt(StoppingCriteria):
         """Tell whether a token holds a stop."""
         return token in self._end_ids
 
-    def ends_in(self, tokens: Sequence[int]) -> bool:
-        """Tell whether the newest of some tokens ends the answer that they make."""
-        return bool(tokens) and bool(self._ends(torch.tensor([[*tokens]], device=self.ends.device)))
-
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
-        return self._ends(input_ids[:, self.prompt_length :])
-
-    def _ends(self, new: Tensor) -> Tensor:
-        new = new.clamp(max=len(self.ends) - 1)
+        new = input_ids[:, self.prompt_length :].clamp(max=len(self.ends) - 1)
         return self.ends[new[:, -1]] & self.speaks[new].any(dim=1)
 
 

@@ -104,6 +104,11 @@ def load_tokenizer(
     return _load_tokenizer(checkpoint), config
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name: ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def outline_model(
     name: str, *, dtype: str = "auto", revision: str | None = None
 ) -> tuple[PreTrainedModel, CheckpointFolder, str]:

@@ -95,6 +95,12 @@ class PrefixTree:
         return packed, chosen
 
 
+def count_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Count the tokens that two sequences begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def round_up(rows: Tensor, multiple: int) -> Tensor:
     """Repeat the last of some rows until their number is a multiple."""
     extra = -len(rows) % multiple
@@ -120,8 +126,7 @@ def merge_prefixes(sequences: Sequence[Sequence[int]]) -> PrefixTree:
     for index in order:
         sequence = sequences[index]
         # In sorted order whatever a sequence shares with an earlier one it shares with the last.
-        pairs = zip(before, sequence, strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shared = count_shared(before, sequence)
         path[shared:] = range(len(tokens), len(tokens) + len(sequence) - shared)
         tokens.extend(sequence[shared:])
         positions.extend(range(shared, len(sequence)))

@@ -43,8 +43,8 @@ def bfloat16_products(parts: Iterable[nn.Module], rounded: nn.Module | None = No
                 if type(linear) is nn.Linear:
                     dtype = torch.bfloat16 if linear in kept else torch.float32
                     replace_forward(undo, linear, _forward_of(linear, dtype))
-                    if not linear.weight.requires_grad:
-                        page_out([linear.weight])  # from here on its copies are read
+            # From here on its copies are read.
+            page_out(parameter for parameter in part.parameters() if not parameter.requires_grad)
         yield
 
 

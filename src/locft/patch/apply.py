@@ -312,22 +312,23 @@ def _misfit(draft: _Draft, patch: Patch) -> str | None:
             )
     is_applied = all(draft.hash(name) == tensor.new_sha256 for name, tensor in patch.tensors.items())
     for name, tensor in patch.tensors.items():
-        if draft.hash(name) != tensor.old_sha256:
-            if name in draft.makers and not is_applied:
-                return (
-                    f"{draft.folder}: tensor {brief(name)} was changed by patch"
-                    f" {short(draft.makers[name])}, and this patch was not made from its result. Put in"
-                    " one of the two, or make this edit again, on the model with the other one in it"
-                )
+        if draft.hash(name) == tensor.old_sha256:
+            continue
+        if name in draft.makers and not is_applied:
             return (
-                f"{draft.folder}: tensor {brief(name)} is not the one that the patch was made from:"
-                f" expected sha256 {tensor.old_sha256[:12]}, found {draft.hash(name)[:12]}; {origin}; "
-                + (
-                    "the patch was named twice"
-                    if is_applied and name in draft.changed
-                    else "this checkpoint carries the patch already"
-                    if is_applied
-                    else "apply it to that checkpoint"
-                )
+                f"{draft.folder}: tensor {brief(name)} was changed by patch"
+                f" {short(draft.makers[name])}, and this patch was not made from its result. Put in"
+                " one of the two, or make this edit again, on the model with the other one in it"
             )
+        if not is_applied:
+            advice = "apply it to that checkpoint"
+        elif name in draft.changed:
+            advice = "the patch was named twice"
+        else:
+            advice = "this checkpoint carries the patch already"
+        return (
+            f"{draft.folder}: tensor {brief(name)} is not the one that the patch was made from:"
+            f" expected sha256 {tensor.old_sha256[:12]}, found {draft.hash(name)[:12]}; {origin};"
+            f" {advice}"
+        )
     return None

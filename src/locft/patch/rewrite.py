@@ -15,7 +15,6 @@ Whoever writes next asks the tensors' hashes whether step 2 was reached, and fin
 import fcntl
 import json
 import os
-import shutil
 import stat
 import sys
 import time
@@ -50,6 +49,7 @@ from locft.publish import (
     keep_mode,
     locked,
     replace_file,
+    require_space,
     staged_folder,
     sync_file,
     sync_folder,
@@ -171,7 +171,7 @@ def write_copy(base: Base, output: Path, rewrite: Rewrite) -> None:
         copied = [file for file in files if file not in linked]
         if staging.stat().st_dev != source.stat().st_dev:
             copied += linked
-        _require_space(output, staging, _count_bytes(copied) + _undo_bytes(rewrite))
+        require_space(output, staging, _count_bytes(copied) + _undo_bytes(rewrite))
         with progress("writing", _count_bytes(files), "bytes") as step:
             for file in files:
                 copy = staging / file.relative_to(base.folder)
@@ -229,7 +229,7 @@ def write_in_place(base: Base, rewrite: Rewrite) -> None:
     folder = base.folder
     written = _files_of(base.entries, rewrite.values)
     room = sum((folder / name).stat().st_size for name in written)
-    _require_space(folder, folder, room + _undo_bytes(rewrite))
+    require_space(folder, folder, room + _undo_bytes(rewrite))
     temporary = {name: temporary_path(folder / name) for name in written}
     journal = _Journal(
         record=rewrite.record,
@@ -551,14 +551,6 @@ def _count_bytes(files: Iterable[Path]) -> int:
 
 def _undo_bytes(rewrite: Rewrite) -> int:
     return sum(len(value.data) for tensors in rewrite.undo.values() for value in tensors.values())
-
-
-def _require_space(output: Path, folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"{output}: not enough disk space: {needed:,} bytes needed, {free:,} bytes free"
-        )
 
 
 @contextmanager

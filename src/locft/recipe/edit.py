@@ -20,7 +20,7 @@ from locft.evaluation.scoring import (
     score_unedited,
 )
 from locft.evaluation.subject import Subject, drift_of_values, load_subject
-from locft.model.load import context_tokens
+from locft.model.load import context_tokens, dtype_name
 from locft.model.location import Location, parse_location, resolve_location
 from locft.model.matching import map_parameters
 from locft.model.split import split_model
@@ -222,8 +222,8 @@ def _manifest(
         dtype=", ".join(sorted(set(dtypes))),
         settings={
             **{name: value for name, value in asdict(resolved).items() if name in method},
-            "dtype": (dtype := str(subject.loaded.model.dtype).removeprefix("torch.")),
-            "compute_dtype": "bfloat16" if engine.in_bfloat16 else dtype,
+            "dtype": dtype_name(subject.loaded.model.dtype),
+            "compute_dtype": engine.compute_dtype(subject.loaded.model),
             "compile": "off" if engine.compiled is None else "on",
         },
         num_edits=len(gathered.edits),

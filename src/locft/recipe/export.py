@@ -35,7 +35,7 @@ from locft.patch.lora import (
 )
 from locft.patch.weights import patched_values
 from locft.publish import refuse_taken, reserved, staged_folder
-from locft.recipe.run_folder import EDITS_FILE
+from locft.recipe.run_folder import EDITS_FILE, edits_of_run
 from locft.report.words import bytes_text, counted
 from locft.types import Edit
 
@@ -130,7 +130,7 @@ def export_lora(
     refuse_taken(output)
     if rank != "auto" and not 1 <= rank <= MAX_RANK:
         raise InputError(f"rank {rank}: vLLM serves ranks from 1 to {MAX_RANK}")
-    edits = _edits_of_run(Path(patch)) if edits is None else edits
+    edits = edits_of_run(Path(patch)) if edits is None else edits
     if edits is None and rank == "auto":
         raise InputError(
             f"{patch}: is no run folder with {EDITS_FILE}, so there are no edits to choose a rank by: "
@@ -222,12 +222,6 @@ def _export(
         write_adapter(staging, factors, base)
         (staging / "README.md").write_text(_draw_readme(report, found, base, factors), "utf-8")
     return report
-
-
-def _edits_of_run(path: Path) -> Path | None:
-    """Find the edits of a run folder; None where there are none, as beside a patch by itself."""
-    file = path / EDITS_FILE
-    return file if file.is_file() else None
 
 
 def _refuse_size(rank: int | Literal["auto"], largest: int, matrices_bytes: int) -> None:

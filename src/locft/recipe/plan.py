@@ -18,7 +18,7 @@ from locft.evaluation.drift import TOKENS_PER_PASS, cut_windows, read_neutral_te
 from locft.evaluation.generate import MAX_NEW_TOKENS
 from locft.evaluation.scoring import prompts_of
 from locft.evaluation.subject import load_codec
-from locft.model.load import choose_device, outline_model
+from locft.model.load import choose_device, dtype_name, outline_model
 from locft.model.location import parse_location, resolve_location
 from locft.model.packing import PrefixTree, merge_prefixes
 from locft.publish import refuse_taken
@@ -174,8 +174,7 @@ def plan(
     work = _count_work(gathered.edits, encoded, schedule, codec, windows, config.eval_batch_size)
 
     # 3. How fast this machine is.
-    dtype = str(network.dtype).removeprefix("torch.")
-    compute_dtype = "bfloat16" if engine.in_bfloat16 else dtype
+    dtype, compute_dtype = dtype_name(network.dtype), engine.compute_dtype(network)
     say(f"measuring {device} at the shapes of {counted(len(size.layers), 'layer')}")
     at_tuned = size.layers[location.layer]
     running = measure_rates(size, at_tuned, (dtype, dtype), device)

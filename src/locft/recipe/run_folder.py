@@ -25,6 +25,12 @@ EDITS_FILE = "edits.jsonl"
 TRAINING_FILE = "train.jsonl"
 
 
+def edits_of_run(path: Path) -> Path | None:
+    """Find the edits of a run folder; None where there are none, as beside a patch by itself."""
+    file = path / EDITS_FILE
+    return file if file.is_file() else None
+
+
 def save_trained(folder: Path, patch: Patch, edits: Iterable[Edit], config: RunConfig) -> None:
     """Write a finished patch and what it was trained with, into the staged run folder."""
     write_patch(patch, folder / PATCH_FOLDER)

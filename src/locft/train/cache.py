@@ -6,7 +6,6 @@ any part of it and read it again, and it is gone when the process ends, however 
 
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor
 
 from locft.data.encode import Encoded
-from locft.errors import InputError
 from locft.model.packing import Packed, PrefixTree, merge_prefixes
 from locft.model.paging import page_out
 from locft.model.split import Split
 from locft.progress import progress
+from locft.publish import require_space
 
 # Tokens per pass of the prefix: enough to fill the machine, little enough to fit it.
 TOKENS_PER_PASS = 2048
@@ -154,12 +153,7 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> 
     """Make a tensor in a file that has no name."""
     place = Path(tempfile.gettempdir()) if folder is None else folder
     num_bytes = int(np.prod(shape)) * dtype.itemsize
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise InputError(
-            f"{place}: not enough disk space for the frozen layers' output: {num_bytes:,} bytes needed,"
-            f" {free:,} bytes free"
-        )
+    require_space(place, place, num_bytes, " for the frozen layers' output")
     with tempfile.TemporaryFile(dir=place) as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(

@@ -82,7 +82,7 @@ def _product_speed(
                 inputs: torch.full((1, rows, inputs), 0.01, dtype=weights, device=device)
                 for inputs, _ in shapes
             }
-            seconds = _median_s(partial(_multiply, turns, states), device)
+            seconds = median_s(partial(_multiply, turns, states), device)
             points.append((rows, 2 * rows * numbers / seconds))
             if seconds > _LONG_S:
                 break
@@ -109,14 +109,14 @@ def _bytes_per_s(num_bytes: int, num_tensors: int, device: torch.device) -> floa
     def multiply() -> None:
         kept.append(next(turns) * next(turns))
 
-    return 3 * num_bytes / _median_s(multiply, device)
+    return 3 * num_bytes / median_s(multiply, device)
 
 
 def _attention_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
     """Time the products of attention: scores, and sums of values."""
     heads, tokens, width = _ATTENTION
     states = torch.full(_ATTENTION, 0.01, dtype=dtype, device=device)
-    seconds = _median_s(lambda: torch.bmm(torch.bmm(states, states.mT), states), device)
+    seconds = median_s(lambda: torch.bmm(torch.bmm(states, states.mT), states), device)
     return 2 * 2 * heads * tokens**2 * width / seconds
 
 
@@ -127,24 +127,38 @@ def _op_s(device: torch.device) -> float:
         for _ in range(_NUM_OPS):
             few + few
 
-    return _median_s(operate, device) / _NUM_OPS
+    return median_s(operate, device) / _NUM_OPS
 
 
-def _median_s(run: Callable[[], object], device: torch.device) -> float:
+def median_s(
+    run: Callable[[], object],
+    device: torch.device,
+    *,
+    seconds: float = _SECONDS,
+    long_s: float = _LONG_S,
+) -> float:
+    """Time something: repeat it for a while, and take the median in seconds.
+
+    Args:
+        run: What to time; it runs once before.
+        device: Where it works.
+        seconds: For how long to repeat it.
+        long_s: Where the first time takes longer than this many seconds, it is not repeated.
+    """
     run()  # what happens once only: threads, kernels, memory
-    _synchronize(device)
+    synchronise(device)
     times: list[float] = []
-    while sum(times) < _SECONDS or len(times) < _LEAST_TIMES:
+    while sum(times) < seconds or len(times) < _LEAST_TIMES:
         began = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronise(device)
         times.append(time.perf_counter() - began)
-        if times[0] > _LONG_S:
+        if times[0] > long_s:
             break
     return statistics.median(times)
 
 
-def _synchronize(device: torch.device) -> None:
-    # Devices other than a CPU only queue what they are given.
+def synchronise(device: torch.device) -> None:
+    """Wait for what a device has been given to do: others than a CPU only queue it until then."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locft.errors import TrainingError
+from locft.model.load import dtype_name
 from locft.model.location import Location
 from locft.model.split import Split
 from locft.progress import progress
@@ -48,6 +49,10 @@ class Engine:
 
     in_bfloat16: bool = False
     compiled: str | None = None
+
+    def compute_dtype(self, model: PreTrainedModel) -> str:
+        """Name the dtype of the products in a model's tail."""
+        return "bfloat16" if self.in_bfloat16 else dtype_name(model.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

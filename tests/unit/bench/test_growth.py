@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from locft import provenance
 from locft.bench import growth
 from locft.bench.growth import (
     Fit,
@@ -176,7 +177,7 @@ def test_anonymous_memory_is_unknown_where_the_system_does_not_tell(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     status = tmp_path / "status"
-    monkeypatch.setattr(growth, "Path", lambda _: status)
+    monkeypatch.setattr(provenance, "Path", lambda _: status)
     assert anonymous_bytes() is None
     status.write_text("Name:\tpython\n")
     assert anonymous_bytes() is None
@@ -233,7 +234,7 @@ def test_epochs_take_the_median_of_the_seconds_between_their_ends(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = count()
-    monkeypatch.setattr(growth, "_now", lambda _: next(ticks) ** 2)
+    monkeypatch.setattr("locft.bench.training.time.perf_counter", lambda: next(ticks) ** 2)
     subject = load_subject(str(model_folder), CONFIG)
     location = resolve_location(subject.loaded.model, CONFIG.location)
     config = replace(CONFIG, epochs=3, stop_loss=0.0)
