@@ -468,30 +468,29 @@ def _shared_lengths(prompts: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def fit_line(num_tokens: Sequence[float], seconds: Sequence[float]) -> Fit:
-    """Fit a straight line by least squares.
+    """Fit a straight line by least squares of the relative residuals: small runs count as large ones do.
 
     Args:
         num_tokens: The tokens of each measurement.
         seconds: What each took.
 
     Returns:
-        The line; without values where there are not two different numbers of tokens.
+        The line; without values where there are not two different numbers of tokens, or something
+        took no time.
     """
     x, y = np.asarray(num_tokens, dtype=float), np.asarray(seconds, dtype=float)
-    if len(set(num_tokens)) < 2:
+    if len(set(num_tokens)) < 2 or not y.all():
         return Fit(
             slope_s_per_token=None, intercept_s=None, r_squared=None, largest_relative_residual=None
         )
-    deviations = x - x.mean()
-    slope = float((deviations * (y - y.mean())).sum() / (deviations**2).sum())
-    intercept = float(y.mean() - slope * x.mean())
+    slope, intercept = map(float, np.polyfit(x, y, 1, w=1 / y))
     residuals = y - (slope * x + intercept)
     spread = float(((y - y.mean()) ** 2).sum())
     return Fit(
         slope_s_per_token=slope,
         intercept_s=intercept,
         r_squared=1 - float((residuals**2).sum()) / spread if spread else None,
-        largest_relative_residual=float(np.abs(residuals / y).max()) if y.all() else None,
+        largest_relative_residual=float(np.abs(residuals / y).max()),
     )
 
 

@@ -22,6 +22,7 @@ Forward = Callable[[Tensor], Tensor]
 PACKAGED = "packaged"
 TOKENS_PER_PASS = 1024  # bounds the logits: 200 MB over a vocabulary of 50,000
 _LONGEST_WINDOW = 1024
+_POSITIONS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +180,13 @@ def cut_windows(
 
 def _kl_sum(before: Tensor, after: Tensor) -> float:
     """Sum KL(before || after) over positions; both (T, V) logits."""
-    expected = torch.log_softmax(before.float(), dim=-1)
-    got = torch.log_softmax(after.float(), dim=-1)
-    total = torch.nn.functional.kl_div(got, expected, reduction="sum", log_target=True).item()
+    total = 0.0
+    # Piece by piece: it takes five tensors as large as what is compared.
+    for start in range(0, len(before), _POSITIONS_AT_ONCE):
+        piece = slice(start, start + _POSITIONS_AT_ONCE)
+        expected = torch.log_softmax(before[piece].float(), dim=-1)
+        got = torch.log_softmax(after[piece].float(), dim=-1)
+        total += torch.nn.functional.kl_div(got, expected, reduction="sum", log_target=True).item()
     if not math.isfinite(total):
         raise EvaluationError(
             "drift cannot be measured: the model's predictions on neutral text are not finite"

@@ -24,7 +24,7 @@ from locft.progress import Step, progress
 MAX_NEW_TOKENS = 32
 # A batch is decoded until its longest answer ends, and most answers are short. So after so many tokens
 # those that have ended are left behind, and the others go on together, in new batches.
-_STAGES = (4, 12, MAX_NEW_TOKENS)
+_STAGES = (4, 12, 32)
 
 # By how much of the logits' size the largest must lead for a guess to count, in each dtype: many
 # times what padding on the other side, or keys and values from a cache, make of it. Their size is
@@ -42,10 +42,42 @@ def answer_prompts(
     batch_size: int,
     label: str,
     stop: Stop = "protocol",
+    max_new_tokens: int = MAX_NEW_TOKENS,
     guesses: Mapping[str, str] | None = None,
     on_confirmed: Callable[[Collection[str]], None] = lambda _: None,
 ) -> dict[str, str]:
-    """Answer prompts greedily, with at most 32 new tokens; the model's own settings are left out.
+    """Answer prompts greedily: `decode_prompts`, and `read_answers` of what it gives.
+
+    Returns:
+        Each prompt's answer, cut at the stop and stripped.
+    """
+    rows = decode_prompts(
+        model,
+        codec,
+        prompts,
+        batch_size=batch_size,
+        label=label,
+        stop=stop,
+        max_new_tokens=max_new_tokens,
+        guesses=guesses,
+        on_confirmed=on_confirmed,
+    )
+    return read_answers(codec, rows, stop)
+
+
+def decode_prompts(
+    model: PreTrainedModel,
+    codec: Codec,
+    prompts: Iterable[str],
+    *,
+    batch_size: int,
+    label: str,
+    stop: Stop = "protocol",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    guesses: Mapping[str, str] | None = None,
+    on_confirmed: Callable[[Collection[str]], None] = lambda _: None,
+) -> dict[str, list[int]]:
+    """Decode what follows prompts, greedily; the model's own settings are left out.
 
     A guess that is right costs one forward pass instead of one for every token: where each of its
     tokens is clearly the likeliest, and then one that ends the answer, decoding would give just that.
@@ -61,13 +93,15 @@ def answer_prompts(
         stop: ``protocol`` ends an answer at the first ".", newline or end of sequence, as scores are
             taken; many a model begins with a newline, and its answer is then empty. ``line`` gives
             the first line that is not blank, for a person to read.
+        max_new_tokens: After how many tokens an answer ends at the latest. What it begins with does
+            not depend on it.
         guesses: What some prompts may be answered with; they change the time, never an answer. (The
             other prompts share batches among themselves, which rounding may notice in a near tie,
             as it may notice another `batch_size`.)
         on_confirmed: Called with the prompts whose guesses were right, which need no decoding.
 
     Returns:
-        Each prompt's answer, cut at the stop and stripped.
+        Each prompt's new tokens, without the one that ends a sequence.
     """
     ids = {prompt: codec.prompt_ids(prompt) for prompt in prompts}
     ends = _end_ids(model, codec)
@@ -75,16 +109,28 @@ def answer_prompts(
     with progress(label, len(ids), "prompts") as step:
         rows = {}
         if guesses and stop == "protocol":
-            rows = _confirm_guesses(model, codec, ids, guesses, batch_size, ends, stop_at)
+            rows = _confirm_guesses(
+                model, codec, ids, guesses, batch_size, ends, stop_at, max_new_tokens
+            )
             step(len(rows))
             on_confirmed(rows.keys())
         pending = {prompt: found for prompt, found in ids.items() if prompt not in rows}
-        rows |= _decode_greedily(model, pending, batch_size, ends, stop_at, step)
+        rows |= _decode_greedily(model, pending, batch_size, ends, stop_at, max_new_tokens, step)
+    return rows
+
+
+def read_answers(codec: Codec, rows: Mapping[str, list[int]], stop: Stop = "protocol") -> dict[str, str]:
+    """Read each prompt's answer from its new tokens, cut at the stop and stripped."""
     texts = codec.tokenizer.batch_decode(list(rows.values()), skip_special_tokens=True) if rows else []
     return {
         prompt: (cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]).strip()
         for prompt, text in zip(rows, texts, strict=True)
     }
+
+
+def decoding_stages(max_new_tokens: int) -> tuple[int, ...]:
+    """List after how many new tokens the answers that have ended are left behind."""
+    return (*(num for num in _STAGES if num < max_new_tokens), max_new_tokens)
 
 
 def _decode_greedily(
@@ -93,6 +139,7 @@ def _decode_greedily(
     batch_size: int,
     ends: set[int],
     stop_at: "_StopAt",
+    max_new_tokens: int,
     step: Step,
 ) -> dict[str, list[int]]:
     """Decode the tokens that follow each prompt, without the one that ends a sequence."""
@@ -100,7 +147,7 @@ def _decode_greedily(
     pending = {prompt: list(of_prompt) for prompt, of_prompt in ids.items()}
     num_decoded = 0
     with _greedy(model, ends):
-        for num_tokens in _STAGES:
+        for num_tokens in decoding_stages(max_new_tokens):
             # Longest first: little is padded, and memory is at its peak at once.
             order = sorted(pending, key=lambda prompt: (-len(pending[prompt]), prompt))
             unfinished: dict[str, list[int]] = {}
@@ -112,7 +159,7 @@ def _decode_greedily(
                     whole = text[len(ids[prompt]) :] + row
                     # Not left to skip_special_tokens: a token that ends an answer need not be special.
                     answer = list(takewhile(lambda token: token not in ends, whole))
-                    if has_ended or len(answer) < len(whole) or num_tokens == MAX_NEW_TOKENS:
+                    if has_ended or len(answer) < len(whole) or num_tokens == max_new_tokens:
                         rows[prompt] = answer
                     else:
                         unfinished[prompt] = text + row
@@ -156,6 +203,7 @@ def _confirm_guesses(
     batch_size: int,
     ends: set[int],
     stop_at: "_StopAt",
+    max_new_tokens: int,
 ) -> dict[str, list[int]]:
     """Find the guesses that decoding would give, and return their tokens.
 
@@ -168,7 +216,7 @@ def _confirm_guesses(
         tokens = codec.continuation(prompt, guesses[prompt])
         if (
             tokens is not None
-            and len(tokens) < MAX_NEW_TOKENS
+            and len(tokens) < max_new_tokens
             and not any(token in ends or stop_at.is_end(token) for token in tokens)
         ):
             guessed[prompt] = tokens

@@ -15,7 +15,7 @@ from locft.data.edits import EditFile
 from locft.data.encode import Codec, Encoded
 from locft.data.gather import check_tokens, gather_edits, say_warnings
 from locft.evaluation.drift import TOKENS_PER_PASS, cut_windows, read_neutral_text
-from locft.evaluation.generate import MAX_NEW_TOKENS
+from locft.evaluation.generate import MAX_NEW_TOKENS, decoding_stages
 from locft.evaluation.scoring import prompts_of
 from locft.evaluation.subject import load_codec
 from locft.model.load import choose_device, dtype_name, outline_model
@@ -242,7 +242,7 @@ def _count_work(
         guesses=_batches(confirmed, lambda _: eval_batch_size),
         scored_share=1 - len({edit.prompt for edit in edits}) / len(prompts),
         drift=tuple(replace(one, asked=one.tokens) for one in texts),
-        max_new_tokens=MAX_NEW_TOKENS,
+        stages=decoding_stages(MAX_NEW_TOKENS),
     )
 
 

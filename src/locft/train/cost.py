@@ -9,6 +9,7 @@ Source: the counts of torch.utils.flop_counter, which the tests compare with.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 _FLOAT_BYTES = 4
 
@@ -37,10 +38,9 @@ _STEP_S = 0.003
 _DECODE_STEP_S = 0.003
 # Imports of a model's class, tokenizer, checks of the split, linting: once in a run.
 _START_S = 1.5
-# Share of answers of an unedited model that no "." or newline ends before the limit, and how many
-# tokens the others have. A batch is decoded until its longest answer ends.
-_UNENDED_SHARE = 0.05
-_USUAL_ANSWER_TOKENS = 8
+# After so many tokens, the share of an unedited model's answers that nothing has ended: between what
+# short questions (0.06, 0.01, 0) and sentences to complete (0.87, 0.56, 0.06) gave on the demo model.
+_UNENDED_SHARES = ((0, 1.0), (4, 0.44), (12, 0.2), (32, 0.04))
 # Python, torch, transformers and a tokenizer in memory, without any model.
 _RUNTIME_BYTES = 450_000_000
 # What a layer keeps for its backward pass, in widths of the residual stream and of its MLP.
@@ -50,9 +50,9 @@ _KEPT_INNERS = 4
 _HELD_WIDTHS = 6
 _HELD_INNERS = 3
 # Tensors as large as the logits that exist at one time: in the loss (logits, their softmax, its
-# gradient), in a KL divergence (two models' logits, the passage's two softmaxes and their terms).
+# gradient), in a KL divergence (two models' logits, and pieces of what is made of them).
 _LOSS_TENSORS = 3
-_DIVERGENCE_TENSORS = 4
+_DIVERGENCE_TENSORS = 2.5
 # Float32 tensors as large as the tuned parameters in training: initial, master, gradient and Adam's two.
 _UPDATE_TENSORS = 5
 # A patch's manifest and tensor headers, and one prompt's lines in the files of the scores.
@@ -153,7 +153,7 @@ class Speed:
         """Interpolate over the logarithm of the rows; beyond the points the nearest counts."""
         if rows <= self.points[0][0]:
             return self.points[0][1]
-        for (low, slow), (high, fast) in zip(self.points, self.points[1:], strict=False):
+        for (low, slow), (high, fast) in pairwise(self.points):
             if rows <= high:
                 share = math.log(rows / low) / math.log(high / low)
                 return slow * math.pow(fast / slow, share)
@@ -196,7 +196,7 @@ class Work:
         guesses: For each batch of guessed answers, the pass that confirms them.
         scored_share: Share of the prompts that are not an edit's own.
         drift: The passes over neutral text, through each of two models.
-        max_new_tokens: The longest answer.
+        stages: After how many tokens decoding leaves behind what has ended; the last is the longest.
     """
 
     cache_tokens: int
@@ -207,7 +207,7 @@ class Work:
     guesses: tuple[Pass, ...]
     scored_share: float
     drift: tuple[Pass, ...]
-    max_new_tokens: int
+    stages: tuple[int, ...]
 
     @property
     def num_prompts(self) -> int:
@@ -442,10 +442,12 @@ def predict_disk(model: ModelSize, tuned: Tuned, work: Work, stored_bytes: int) 
     )
 
 
-def expected_new_tokens(num_prompts: int, max_new_tokens: int) -> float:
-    """Say how many tokens a batch of prompts is decoded for, until its longest answer ends."""
-    all_end = (1 - _UNENDED_SHARE) ** num_prompts
-    return all_end * min(_USUAL_ANSWER_TOKENS, max_new_tokens) + (1 - all_end) * max_new_tokens
+def unended_share(num_tokens: int) -> float:
+    """Say which share of an unedited model's answers is longer than a number of tokens."""
+    for (low, more), (high, fewer) in pairwise(_UNENDED_SHARES):
+        if num_tokens <= high:
+            return more + (fewer - more) * (num_tokens - low) / (high - low)
+    return _UNENDED_SHARES[-1][1]
 
 
 def _up_numbers(layer: LayerSize) -> int:
@@ -491,21 +493,23 @@ def _full_s(model: ModelSize, batch: Pass, rates: Rates) -> float:
 
 def _decode_s(model: ModelSize, work: Work, rates: Rates, share: float) -> float:
     """Estimate the greedy answers to a share of all prompts, in seconds."""
-    num_prompts = math.ceil(share * work.num_prompts)
     seconds = 0.0
-    for batch in work.answers:
-        taken = min(num_prompts, batch.sequences)
-        num_prompts -= taken
-        if not taken:
-            break
-        tokens = expected_new_tokens(taken, work.max_new_tokens)
-        prefill = Pass(tokens=taken * batch.longest, sequences=taken, longest=batch.longest, asked=taken)
-        # Every row is decoded until the last one ends, one position of each at a time.
-        step = Pass(tokens=taken, sequences=taken, longest=1, asked=taken)
-        kept = taken * (batch.longest + tokens) * _key_value_bytes(model)
-        seconds += _full_s(model, prefill, rates)
-        # Keys and values are read, and copied with the new ones behind them.
-        seconds += tokens * (_full_s(model, step, rates) + _DECODE_STEP_S + 3 * kept / rates.bytes_per_s)
+    for before, after in pairwise((0, *work.stages)):
+        num_prompts = math.ceil(share * unended_share(before) * work.num_prompts)
+        for batch in work.answers:
+            taken = min(num_prompts, batch.sequences)
+            num_prompts -= taken
+            if not taken:
+                break
+            longest = batch.longest + before
+            prefill = Pass(tokens=taken * longest, sequences=taken, longest=longest, asked=taken)
+            # Every row is decoded until the last one ends, one position of each at a time.
+            step = Pass(tokens=taken, sequences=taken, longest=1, asked=taken)
+            kept = taken * (longest + after - before) * _key_value_bytes(model)
+            # Keys and values are read, and copied with the new ones behind them.
+            step_s = _full_s(model, step, rates) + _DECODE_STEP_S + 3 * kept / rates.bytes_per_s
+            # The prefill gives the first token.
+            seconds += _full_s(model, prefill, rates) + (after - before - 1) * step_s
     return seconds
 
 
@@ -528,7 +532,7 @@ def _held_bytes(layer: LayerSize, tokens: int) -> int:
 
 def _answer_bytes(model: ModelSize, batch: Pass, work: Work) -> int:
     """Count what answering a batch holds beside the model: the prefill, then keys and values."""
-    kept = batch.sequences * (batch.longest + work.max_new_tokens) * _key_value_bytes(model)
+    kept = batch.sequences * (batch.longest + work.stages[-1]) * _key_value_bytes(model)
     held = _held_bytes(model.layers[0], batch.sequences * batch.longest)
     # The logits, as the model gives them and as they are compared.
     return kept + held + 2 * _logits_bytes(model, batch.sequences)
@@ -546,7 +550,7 @@ def _step_bytes(model: ModelSize, tuned: Tuned, batch: Pass) -> int:
 def _drift_bytes(model: ModelSize, batch: Pass) -> int:
     """Count what a comparison of two models on one pass of text holds."""
     held = _held_bytes(model.layers[0], batch.tokens)
-    return held + _DIVERGENCE_TENSORS * _logits_bytes(model, batch.asked)
+    return held + round(_DIVERGENCE_TENSORS * _logits_bytes(model, batch.asked))
 
 
 def _copies_bytes(model: ModelSize, tuned: Tuned, running: Rates, training: Rates) -> int:

@@ -24,7 +24,6 @@ from locft.train.cost import (
     Speed,
     Tuned,
     Work,
-    expected_new_tokens,
     forward_flops,
     head_flops,
     input_gradient_flops,
@@ -33,6 +32,7 @@ from locft.train.cost import (
     step_flops,
     step_s,
     tuned_gradient_flops,
+    unended_share,
 )
 from locft.train.outline import size_model
 
@@ -163,12 +163,23 @@ def test_speed_is_taken_between_points_and_from_the_nearest_beyond_them() -> Non
     assert speed.at(1e6) == 1e11
 
 
-def test_a_batch_is_decoded_longer_the_more_answers_it_holds() -> None:
-    tokens = [expected_new_tokens(num, 32) for num in (0, 1, 8, 640)]
-    assert tokens == sorted(tokens)
-    assert tokens[0] == 8
-    assert tokens[-1] == pytest.approx(32, abs=0.01)
-    assert expected_new_tokens(1, 4) == 4
+def test_the_longer_decoding_goes_on_the_fewer_answers_are_left() -> None:
+    shares = [unended_share(num) for num in range(50)]
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] > 0
+
+
+def test_what_has_ended_is_decoded_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = rates(flops_per_s=1e9)
+
+    def answer_s() -> float:
+        phases = predict_phases(SIZE, TUNED, WORK, machine, machine)
+        return next(phase.seconds for phase in phases if phase.name == "answer before")
+
+    some_end = answer_s()
+    monkeypatch.setattr("locft.train.cost._UNENDED_SHARES", ((0, 1.0), (32, 1.0)))
+    assert some_end < answer_s()
 
 
 LAYER = LayerSize(
@@ -194,7 +205,7 @@ WORK = Work(
     guesses=(Pass(tokens=120, sequences=10, longest=12, asked=30),),
     scored_share=0.5,
     drift=(Pass(tokens=60, sequences=2, longest=30, asked=60),),
-    max_new_tokens=32,
+    stages=(4, 12, 32),
 )
 
 
@@ -266,9 +277,10 @@ def test_products_in_another_dtype_need_copies_of_the_tail_and_the_head() -> Non
 
 
 def test_prompts_of_edits_alone_are_all_confirmed_and_nothing_is_decoded_again() -> None:
-    own = phases(dataclasses.replace(WORK, scored_share=0.0))["answer after"].seconds
-    some = phases()["answer after"].seconds
-    assert own < some < phases()["answer before"].seconds
+    work = dataclasses.replace(WORK, answers=2 * WORK.answers)
+    own = phases(dataclasses.replace(work, scored_share=0.0))["answer after"].seconds
+    found = phases(work)
+    assert own < found["answer after"].seconds < found["answer before"].seconds
 
 
 def test_the_disk_holds_the_patch_in_the_checkpoints_dtype_and_the_cache_in_the_models() -> None:
