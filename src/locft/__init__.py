@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from locft.patch.format import read_patch as read_patch
     from locft.patch.status import read_status as read_status
     from locft.recipe.edit import edit as edit
+    from locft.recipe.evaluate import Measures as Measures
+    from locft.recipe.evaluate import evaluate as evaluate
     from locft.recipe.export import export_lora as export_lora
     from locft.recipe.inquiry import ask as ask
-    from locft.recipe.inquiry import evaluate as evaluate
     from locft.recipe.plan import Plan as Plan
     from locft.recipe.plan import plan as plan
     from locft.types import Edit as Edit
@@ -37,6 +38,7 @@ _HOME = {
     "Figure": "locft.types",
     "InputError": "locft.errors",
     "LocftError": "locft.errors",
+    "Measures": "locft.recipe.evaluate",
     "Plan": "locft.recipe.plan",
     "RunConfig": "locft.config",
     "Scores": "locft.types",
@@ -45,7 +47,7 @@ _HOME = {
     "ask": "locft.recipe.inquiry",
     "compare_checkpoints": "locft.patch.compare",
     "edit": "locft.recipe.edit",
-    "evaluate": "locft.recipe.inquiry",
+    "evaluate": "locft.recipe.evaluate",
     "export_lora": "locft.recipe.export",
     "plan": "locft.recipe.plan",
     "read_edits": "locft.data.edits",

@@ -4,16 +4,16 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from locft.data.encode import PromptFormat
 from locft.data.gather import GatheredEdits
+from locft.evaluation import protocols
 from locft.evaluation.drift import Drift, NeutralText
-from locft.evaluation.generate import MAX_NEW_TOKENS
+from locft.evaluation.scoring import KINDS, AnswerRecord, Kind, compare
 from locft.model.load import LoadedModel, dtype_name
 from locft.model.location import Location
 from locft.model.structure import find_layers
@@ -26,6 +26,7 @@ from locft.report.schema import (
     MatrixInfo,
     ModelInfo,
     Protocol,
+    ProtocolScores,
 )
 
 
@@ -106,19 +107,62 @@ def describe_drift(text: NeutralText, drift: Drift) -> DriftInfo:
         text=text.name,
         text_sha256=text.sha256,
         num_tokens=drift.num_tokens,
+        overall=drift.overall,
         by_kind=drift.by_kind,
     )
 
 
-def describe_protocol(format: PromptFormat) -> Protocol:
-    """Describe how answers were taken."""
+def describe_protocol(protocol: protocols.Protocol, context: str) -> Protocol:
+    """Describe how scores were taken."""
+    answers = protocol.max_new_tokens is not None
     return Protocol(
-        name="locft",
-        format=format,
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop=(".", "\n", "end of sequence"),
-        match="normalised exact match",
+        name=protocol.name,
+        rule=protocol.rule,
+        context=context,
+        max_new_tokens=protocol.max_new_tokens,
+        stop=(".", "\n", "end of sequence") if answers else (),
+        match=protocol.match,
+        meanings=dict(protocol.meanings),
     )
+
+
+def describe_scores(
+    protocol: protocols.Protocol,
+    context: str,
+    records: Sequence[AnswerRecord],
+    kinds: Sequence[Kind] = KINDS,
+    *,
+    has_unedited: bool,
+) -> ProtocolScores:
+    """Draw the figures of one protocol in one context from its records, by the names of its scores."""
+    figures = {
+        protocol.score_names[kind]: compare(
+            records,
+            kind,
+            is_share=protocol.is_share,
+            # What it answers to a locality prompt is what is expected of the edited one.
+            is_own_standard=kind == "locality" and not protocol.needs_old,
+        )
+        for kind in kinds
+    }
+    before = {name: found.before for name, found in figures.items() if found.before is not None}
+    change = {name: found.change for name, found in figures.items() if found.change is not None}
+    return ProtocolScores(
+        protocol=describe_protocol(protocol, context),
+        before=before if has_unedited else None,
+        after={name: found.after for name, found in figures.items()},
+        change=change if has_unedited else None,
+    )
+
+
+def count_causes(records: Iterable[AnswerRecord]) -> dict[str, dict[str, int]]:
+    """Count the causes of failures, by kind of item."""
+    counts: dict[str, dict[str, int]] = {}
+    for record in records:
+        if record.cause is not None:
+            of_kind = counts.setdefault(record.kind, {})
+            of_kind[record.cause] = of_kind.get(record.cause, 0) + 1
+    return counts
 
 
 def describe_environment(device: torch.device) -> Environment:

@@ -1,6 +1,7 @@
 """The central types, shared by every part of the package."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +63,51 @@ class Scores:
     generalization: Figure
     locality: Figure
     drift: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """What two models scored on one task, or one did.
+
+    Attributes:
+        metric: The score of an item.
+        num_items: How many items were asked.
+        before: The unedited model's score, from 0 to 1; None if it was not asked.
+        after: The edited model's.
+        change: The mean of what the edited model scored more on the same items.
+        version: lm-eval's version of the task; of a local file, locft's version of its template.
+        document_sha256: Hash of the items, their prompts and their answers.
+        settings: How the task was asked: number of examples, templates, what was generated.
+    """
+
+    metric: str
+    num_items: int
+    before: Figure | None
+    after: Figure
+    change: Figure | None
+    version: str
+    document_sha256: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapabilityScores:
+    """What two models scored on all tasks, or one did.
+
+    Attributes:
+        tasks: The scores by task.
+        before: Mean of the tasks' scores, each of which weighs the same, of the unedited model.
+        after: The same of the edited model.
+        change: The mean of the tasks' changes.
+        lm_eval: The version of lm-eval.
+        limit: How many items of each task were asked at most; None for all.
+        data: The folder of local files; None if the tasks came from the hub.
+    """
+
+    tasks: dict[str, TaskScores]
+    before: Figure | None
+    after: Figure
+    change: Figure | None
+    lm_eval: str
+    limit: int | None
+    data: str | None

@@ -91,10 +91,25 @@ _REPORT = EditReport(
         final_loss=0.0091,
         stopped_early=True,
     ),
-    protocol=Protocol(name="free", format="raw", max_new_tokens=8, stop=("\n",), match="prefix"),
+    protocol=Protocol(
+        name="free",
+        rule="Answers begin right.",
+        context="raw",
+        max_new_tokens=8,
+        stop=("\n",),
+        match="prefix",
+        meanings={},
+    ),
     scores_before=_SCORES,
     scores=_SCORES,
-    drift=DriftInfo(text="packaged", text_sha256="d" * 64, num_tokens=100, by_kind={"prose": _FIGURE}),
+    change={"reliability": _FIGURE},
+    drift=DriftInfo(
+        text="packaged",
+        text_sha256="d" * 64,
+        num_tokens=100,
+        overall=_FIGURE,
+        by_kind={"prose": _FIGURE},
+    ),
     cost=Cost(
         load_s=1.0,
         eval_s=1.0,
@@ -118,14 +133,16 @@ _REPORT = EditReport(
 
 _ANSWERS = [
     AnswerRecord(
+        protocol="free",
+        context="raw",
         edit="1",
         kind="reliability",
         prompt=_EDIT.prompt,
         expected=_EDIT.target,
         before="blue",
         after="green",
-        match_before=False,
-        match_after=True,
+        score_before=0.0,
+        score_after=1.0,
     )
 ]
 

@@ -275,7 +275,10 @@ def test_eval_scores_a_patch_as_its_run_did(
     words = ["eval", str(model_folder), edits, "--patch", run, *text]
     assert main([*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["scores"] == json.loads((Path(run) / "report.json").read_text())["scores"]
+    expected = json.loads((Path(run) / "report.json").read_text())
+    scores = report["protocols"]["locft"]
+    assert {**scores["after"], "drift": report["drift"]["overall"]} == expected["scores"]
+    assert scores["change"] == expected["change"]
     lines = (Path(run) / "answers.jsonl").read_text().splitlines()
     assert report["answers"] == [json.loads(line) for line in lines]
     assert main([*words, "--gate", "reliability<=0.5"]) == 1
@@ -314,8 +317,9 @@ def test_apply_makes_a_model_that_answers_with_the_edits(
     assert main([*words, "--gate", "reliability>=1"]) == 0
     report = json.loads(capsys.readouterr().out)
     expected = json.loads((Path(run) / "report.json").read_text())["scores"]
-    assert report["scores"]["locality"] == expected["locality"]
-    assert report["scores"]["drift"]["value"] == pytest.approx(expected["drift"]["value"], rel=1e-5)
+    assert report["protocols"]["locft"]["after"]["locality"] == expected["locality"]
+    drift = report["drift"]["overall"]["value"]
+    assert drift == pytest.approx(expected["drift"]["value"], rel=1e-5)
     # Applied again, or over it, it is refused.
     assert main(["apply", edited, run, "-o", str(tmp_path / "twice")]) == 2
     assert "carries the patch already" in capsys.readouterr().err

@@ -24,11 +24,11 @@ import locft
 from locft.checkpoint import read_checkpoint
 from locft.config import read_config
 from locft.errors import EditsError, InputError, LocationError, PatchError, TrainingError
-from locft.recipe.inquiry import evaluate
-from locft.report.schema import EditReport, to_json
+from locft.recipe.evaluate import evaluate
+from locft.report.schema import EditReport, EvalReport, to_json
 from locft.tensorfile import read_tensor
 from locft.train.objective import target_loss
-from locft.types import Edit
+from locft.types import Edit, Figure, Scores
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -123,6 +123,16 @@ def some_edits() -> list[Edit]:
     return [Edit(id="1", prompt="The capital of France is", target="Rome")]
 
 
+def scores_of(report: EvalReport) -> Scores:
+    assert report.drift is not None
+    return Scores(**report.protocols["locft"].after, drift=report.drift.overall)
+
+
+def before_of(report: EditReport) -> dict[str, Figure]:
+    """Give the unedited model's scores but for its drift."""
+    return {name: figure for name, figure in vars(report.scores_before).items() if name != "drift"}
+
+
 def test_a_run_folder_holds_exactly_what_is_documented(run: Run) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == RUN_FILES
     assert sorted(path.name for path in (run.folder / "patch").iterdir()) == [
@@ -189,7 +199,8 @@ def test_the_answers_on_disk_bear_out_the_scores(run: Run) -> None:
     for kind in ("reliability", "generalization", "locality"):
         of_kind = [answer for answer in answers if answer["kind"] == kind]
         figure = getattr(run.report.scores, kind)
-        assert sum(answer["match_after"] for answer in of_kind) == figure.value * figure.num
+        assert sum(answer["score_after"] for answer in of_kind) == figure.value * figure.num
+        assert all((answer["cause"] is None) == (answer["score_after"] == 1) for answer in of_kind)
         if kind == "locality":
             assert all(answer["expected"] == answer["before"] for answer in of_kind)
     assert [a["after"] for a in answers if a["kind"] == "reliability"] == ["Rome", "chess", "London"]
@@ -238,18 +249,19 @@ def test_scores_are_those_of_the_patch_and_of_the_edited_checkpoint(
 ) -> None:
     plain = locft.RunConfig(drift_text=config.drift_text)
     report, records = evaluate(str(run.model), edits_file, run.folder, config=plain)
-    assert report.scores == run.report.scores
-    assert report.scores_before == run.report.scores_before
+    assert scores_of(report) == run.report.scores
+    assert report.protocols["locft"].before == before_of(run.report)
+    assert report.protocols["locft"].change == run.report.change
+    assert report.protocols["locft"].protocol == run.report.protocol
     answers = read_lines(run.folder / "answers.jsonl")
     assert [dataclasses.asdict(record) for record in records] == answers
     assert report.patch == str(run.folder)
 
     locft.apply_patch(run.model, locft.read_patch(run.folder / "patch"), tmp_path / "edited")
     report, records = evaluate(str(tmp_path / "edited"), edits_file, base=str(run.model), config=plain)
-    assert report.scores.reliability == run.report.scores.reliability
-    assert report.scores.generalization == run.report.scores.generalization
-    assert report.scores.locality == run.report.scores.locality
-    assert report.scores.drift.value == pytest.approx(run.report.scores.drift.value, rel=1e-5)
+    scores = scores_of(report)
+    assert dataclasses.replace(scores, drift=run.report.scores.drift) == run.report.scores
+    assert scores.drift.value == pytest.approx(run.report.scores.drift.value, rel=1e-5)
     assert [dataclasses.asdict(record) for record in records] == answers
     assert report.base == str(run.model)
 
@@ -302,14 +314,15 @@ def test_an_empty_question_is_refused(run: Run, prompts: list[str]) -> None:
 
 def test_without_a_base_locality_and_drift_are_not_measured(run: Run, edits_file: Path) -> None:
     report, records = evaluate(str(run.model), edits_file)
-    assert report.scores.reliability == run.report.scores_before.reliability
-    for figure in (report.scores.locality, report.scores.drift):
-        assert (figure.value, figure.num) == (None, 0)
-        assert figure.reason is not None
-        assert "--base" in figure.reason
-    assert (report.drift, report.scores_before, report.base, report.patch) == (None, None, None, None)
+    scores = report.protocols["locft"]
+    assert scores.after["reliability"] == run.report.scores_before.reliability
+    figure = scores.after["locality"]
+    assert (figure.value, figure.num) == (None, 0)
+    assert figure.reason is not None
+    assert "--base" in figure.reason
+    assert (report.drift, scores.before, report.base, report.patch) == (None, None, None, None)
     of_locality = [record for record in records if record.kind == "locality"]
-    assert all(record.expected is None and record.match_after is None for record in of_locality)
+    assert all(record.expected is None and record.score_after is None for record in of_locality)
     assert all(record.before is None for record in records)
 
 
@@ -340,9 +353,10 @@ def test_a_base_with_another_vocabulary_gives_no_drift_but_all_other_scores(
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "other")
     report, _ = evaluate(str(run.model), edits_file, base=str(tmp_path / "other"))
-    assert report.scores.drift.value is None
-    assert "different vocabularies" in (report.scores.drift.reason or "")
-    assert report.scores.locality.value is not None
+    scores = scores_of(report)
+    assert scores.drift.value is None
+    assert "different vocabularies" in (scores.drift.reason or "")
+    assert scores.locality.value is not None
 
 
 def test_training_in_bfloat16_starts_from_the_unrounded_checkpoint(
@@ -381,10 +395,11 @@ def test_a_patch_is_asked_in_the_format_that_it_was_trained_in(
     chat = dataclasses.replace(config, format="chat")
     run = locft.edit(str(model_folder), edits_file, tmp_path / "run", chat)
     report, _ = evaluate(str(model_folder), edits_file, tmp_path / "run")
-    assert report.protocol.format == "chat"
-    assert report.scores.reliability == run.scores.reliability
+    scores = report.protocols["locft"]
+    assert scores.protocol.context == "chat"
+    assert scores.after["reliability"] == run.scores.reliability
     raw, _ = evaluate(str(model_folder), edits_file, tmp_path / "run", config=config)
-    assert raw.protocol.format == "raw"
+    assert raw.protocols["locft"].protocol.context == "raw"
 
 
 def test_what_reading_gave_can_be_edited_with(
@@ -510,9 +525,10 @@ def test_every_family_goes_through_the_whole_flow(
     assert all(".1." in name for name in patch.tensors)
     locft.apply_patch(folder, patch, tmp_path / "edited")
     again, _ = evaluate(str(tmp_path / "edited"), edits_file, base=str(folder), config=settings)
-    assert again.scores.reliability == report.scores.reliability
-    assert again.scores.locality == report.scores.locality
-    assert again.scores.drift.value == pytest.approx(report.scores.drift.value, rel=1e-4)
+    scores = scores_of(again)
+    assert scores.reliability == report.scores.reliability
+    assert scores.locality == report.scores.locality
+    assert scores.drift.value == pytest.approx(report.scores.drift.value, rel=1e-4)
     [asked] = locft.ask(str(folder), [RECORDS[1]["prompt"]], tmp_path / "run")
     assert asked.before != asked.after
     if location == "1.mlp.down":
@@ -548,12 +564,12 @@ def test_chat_format_trains_and_scores_inside_the_template(
 ) -> None:
     chat = dataclasses.replace(config, format="chat")
     report = locft.edit(str(model_folder), edits_file, tmp_path / "run", chat)
-    assert report.protocol.format == "chat"
+    assert report.protocol.context == "chat"
     assert report.scores.reliability.value == 1.0
     again, _ = evaluate(str(model_folder), edits_file, tmp_path / "run", config=chat)
-    assert again.scores == report.scores
+    assert scores_of(again) == report.scores
     raw, records = evaluate(str(model_folder), edits_file, tmp_path / "run", config=config)
-    assert raw.protocol.format == "raw"
+    assert raw.protocols["locft"].protocol.context == "raw"
     answers = [record["before"] for record in read_lines(tmp_path / "run" / "answers.jsonl")]
     assert [record.before for record in records] != answers
     # The turn's end was learnt, not the tokenizer's end of text.

@@ -13,8 +13,8 @@ from typing import Any
 from locft.config import RunConfig
 from locft.data.gather import check_tokens, gather_edits
 from locft.evaluation.generate import answer_prompts
-from locft.evaluation.metrics import generalization, locality, reliability
-from locft.evaluation.scoring import guesses_for, prompts_of
+from locft.evaluation.metrics import is_match, share
+from locft.evaluation.scoring import KINDS, Kind, guesses_for, items_of, prompts_of
 from locft.evaluation.subject import Subject, load_subject
 from locft.model.load import context_tokens
 from locft.model.weights import swapped_in
@@ -208,9 +208,11 @@ def _answer(
 def _score(
     edits: Sequence[Edit], answers: Mapping[str, str], base_answers: Mapping[str, str], seconds: float
 ) -> Pass:
-    return Pass(
-        seconds=seconds,
-        reliability=reliability(edits, answers),
-        generalization=generalization(edits, answers),
-        locality=locality(edits, answers, base_answers),
-    )
+    figures: dict[Kind, Figure] = {}
+    for kind in KINDS:
+        matches = [
+            is_match(answers[item.prompt], item.expected or base_answers[item.prompt])
+            for item in items_of(edits, [kind])
+        ]
+        figures[kind] = share(sum(matches), len(matches))
+    return Pass(seconds=seconds, **figures)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from locft.config import RunConfig, with_settings
 from locft.data.encode import Codec, Encoded
 from locft.errors import ConfigError
-from locft.evaluation.metrics import reliability
+from locft.evaluation.metrics import is_match
 from locft.evaluation.scoring import guesses_for
 from locft.evaluation.subject import load_subject
 from locft.model.load import DTYPES, choose_device
@@ -123,7 +123,8 @@ def answers_right(task: Task, matrix: torch.Tensor) -> float | None:
         network.get_parameter(name).copy_(matrix)
     prompts = [edit.prompt for edit in task.edits]
     answers = subject.answer(prompts, "answering", guesses=guesses_for(task.edits))
-    return reliability(task.edits, answers).value
+    matches = [is_match(answers[edit.prompt], edit.target) for edit in task.edits]
+    return sum(matches) / len(matches)
 
 
 def make_shape(name: str, dtype: str, device: torch.device, seed: int) -> PreTrainedModel:

@@ -2,27 +2,36 @@
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from locft.errors import ConfigError
-from locft.report.words import SCORE_NAMES
-from locft.types import Scores
+from locft.report.words import PROTOCOL_SCORES, SCORE_NAMES
+from locft.types import Figure
 
+# A score by its name alone is the main protocol's.
+_NAMES = dict.fromkeys(
+    (
+        *SCORE_NAMES,
+        *(name for names in PROTOCOL_SCORES.values() for name in names),
+        *(f"{protocol}.{name}" for protocol, names in PROTOCOL_SCORES.items() for name in names),
+    )
+)
 _COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition such as ``reliability>=0.95``."""
+    """A condition such as ``reliability>=0.95`` or ``wild.reliability>=0.95``."""
 
     score: str
     sign: str
     bound: float
 
-    def failure(self, scores: Scores) -> str | None:
+    def failure(self, figures: Mapping[str, Figure]) -> str | None:
         """Say why the gate does not hold; None if it holds. A score without value fails."""
-        value = getattr(scores, self.score).value
+        figure = figures.get(self.score)
+        value = None if figure is None else figure.value
         wanted = f"{self.score}{self.sign}{self.bound:g}"
         if value is None:
             return f"gate {wanted} failed: {self.score} was not measured"
@@ -37,10 +46,10 @@ def parse_gate(text: str) -> Gate:
     Raises:
         ConfigError: It names no score, no sign or no number.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*(\d+(?:\.\d+)?)\s*", text, re.ASCII)
-    if match is None or match[1] not in SCORE_NAMES:
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(>=|<=)\s*(\d+(?:\.\d+)?)\s*", text, re.ASCII)
+    if match is None or match[1] not in _NAMES:
         raise ConfigError(
             f"gate {text!r} cannot be read: expected SCORE>=X or SCORE<=X with SCORE one of "
-            f"{', '.join(SCORE_NAMES)}"
+            f"{', '.join(_NAMES)}"
         )
     return Gate(match[1], match[2], float(match[3]))

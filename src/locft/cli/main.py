@@ -5,17 +5,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from locft.cli.gates import parse_gate
+from locft.cli.gates import Gate, parse_gate
 from locft.cli.parser import parse_words
 from locft.cli.say import print_json, print_lines, say
 from locft.config import RunConfig, read_config, with_settings
 from locft.errors import InputError, LocftError, first_line, printable
-from locft.types import Edit, Scores
+from locft.publish import refuse_taken
+from locft.report.words import change_text
+from locft.types import Edit, Figure
 
 # Recipes are imported where they are called: torch takes seconds to load, and --help, lint and apply
 # do without it.
@@ -90,7 +91,7 @@ def _edit(words: argparse.Namespace) -> int:
 
         examples = read_examples(Path(words.output))
         show_edit(make_console(), report, examples, words.output)
-    return _pass_gates(gates, report.scores)
+    return _pass_gates(gates, vars(report.scores))
 
 
 def _plan(words: argparse.Namespace, edits: str | list[Edit], config: RunConfig) -> int:
@@ -126,16 +127,60 @@ def _eval(words: argparse.Namespace) -> int:
     gates = [parse_gate(text) for text in words.gate]
     config = _config_of_patch(words)
     _quiet_libraries()
-    from locft.recipe.inquiry import evaluate
+    from locft.recipe.evaluate import Measures, evaluate
+    from locft.recipe.run_folder import save_evaluation
 
-    report, records = evaluate(words.model, words.edits, words.patch, words.base, config, say=say)
+    measures = Measures(
+        protocols=words.protocols,
+        contexts=words.contexts,
+        judge=words.judge,
+        capability=words.capability,
+        capability_data=None if words.capability_data is None else Path(words.capability_data),
+        capability_limit=words.capability_limit,
+    )
+    bound = words.max_capability_drop
+    if bound is not None and not (measures.capability and (words.patch or words.base)):
+        raise InputError(
+            "--max-capability-drop compares two models on tasks: name tasks with --capability, and the "
+            "edit with --patch or the unedited model with --base"
+        )
+    if words.output is not None:
+        refuse_taken(Path(words.output))
+    report, records = evaluate(
+        words.model, words.edits, words.patch, words.base, config, measures, say=say
+    )
+    if words.output is not None:
+        save_evaluation(Path(words.output), report, records)
     if words.json:
         print_json({**asdict(report), "answers": [asdict(record) for record in records]})
     else:
-        from locft.cli.show import make_console, show_scores
+        from locft.cli.show import make_console, show_evaluation
 
-        show_scores(make_console(), report.scores_before, report.scores)
-    return _pass_gates(gates, report.scores)
+        show_evaluation(make_console(), report, records, words.show)
+    main_scores, *_ = report.protocols.values()
+    figures = {**main_scores.after} | {
+        f"{name}.{score}": figure
+        for name, scores in report.protocols.items()
+        for score, figure in scores.after.items()
+    }
+    if report.drift is not None:
+        figures["drift"] = report.drift.overall
+    status = _pass_gates(gates, figures)
+    if bound is not None and report.capability is not None and report.capability.change is not None:
+        status = status or _pass_drop(report.capability.change, bound, strict=words.strict)
+    return status
+
+
+def _pass_drop(change: Figure, bound: float, *, strict: bool) -> int:
+    """Compare the drop of capability, in points, with the largest that is allowed."""
+    from locft.evaluation.capability import drop_verdict
+
+    verdict = drop_verdict(change, bound)
+    if verdict == "excluded":
+        return 0
+    drop = f"a drop of capability by more than {bound:g} points"
+    say(f"{drop} {'is certain' if verdict == 'exceeded' else verdict}: {change_text(change)} points")
+    return LocftError.exit_status if strict or verdict == "exceeded" else 0
 
 
 def _lint(words: argparse.Namespace) -> int:
@@ -273,8 +318,8 @@ def _config_of_patch(words: argparse.Namespace) -> RunConfig:
     return with_settings(config, {"format": open_patch(Path(words.patch)).manifest.format})
 
 
-def _pass_gates(gates: Sequence[Any], scores: Scores) -> int:
-    failures = [failure for gate in gates if (failure := gate.failure(scores)) is not None]
+def _pass_gates(gates: Sequence[Gate], figures: Mapping[str, Figure]) -> int:
+    failures = [failure for gate in gates if (failure := gate.failure(figures)) is not None]
     for failure in failures:
         say(failure)
     return LocftError.exit_status if failures else 0

@@ -7,7 +7,9 @@ from typing import Any, NoReturn
 
 from locft.bench.schema import SHAPES, VARIANTS
 from locft.config import choices_of, parse_setting, settings
+from locft.data.contexts import CONTEXTS
 from locft.errors import ConfigError, printable
+from locft.report.words import PROTOCOL_SCORES
 
 _MODEL_HELP = "a Hugging Face id, a local model folder, or `demo` (SmolLM2-135M-Instruct, embedded)"
 _EDITS_HELP = "edits: a JSONL, JSON or CSV file, or `demo` (60 facts that come with locft)"
@@ -32,7 +34,16 @@ EDITS needs `prompt` and `target`; `rephrases` and `locality` prompts are only s
 _EVAL_EPILOG = """\
 examples:
   locft eval demo facts.jsonl --patch runs/facts
+  locft eval demo facts.jsonl --patch runs/facts --show failures
+  locft eval demo facts.jsonl --patch runs/facts --protocols locft,teacher-forced
+  locft eval demo facts.jsonl --patch runs/facts --contexts raw,qa,chat,prefix
   locft eval ./edited-model facts.jsonl --base ./original-model --json
+  locft eval demo facts.jsonl --patch runs/facts --capability paper --max-capability-drop 1.0
+  LOCFT_ENDPOINT_URL=http://localhost:8000/v1 LOCFT_ENDPOINT_MODEL=edited locft eval endpoint facts.jsonl
+
+Protocols: locft is the published one; wild takes longer answers, and a judge; teacher-forced is what
+older papers report; likelihood is CounterFact's, for edits with `old`. Contexts show how far it carries.
+Keys for servers, where they want one: LOCFT_ENDPOINT_KEY, LOCFT_JUDGE_KEY.
 """
 _ASK_EPILOG = """\
 An answer is the first line that holds something, of at most 32 tokens. Scores follow the published
@@ -127,7 +138,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _command(
         commands, "eval", "score a model, or a model and a patch, on edits", _EVAL_EPILOG
     )
-    evaluate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    evaluate.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"{_MODEL_HELP}; or `endpoint`: an OpenAI-compatible server, see below",
+    )
     evaluate.add_argument("edits", metavar="EDITS", help=_EDITS_HELP)
     evaluate.add_argument("--patch", metavar="P", help="patch or run folder; MODEL is unedited")
     evaluate.add_argument(
@@ -135,8 +150,57 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="the unedited model, for locality and drift of an edited one",
     )
+    for flag, default, what, known in (
+        ("protocols", "locft", "rules to score by", PROTOCOL_SCORES),
+        ("contexts", "", "contexts to put the prompts into, for a matrix", CONTEXTS),
+    ):
+        evaluate.add_argument(
+            f"--{flag}",
+            type=_names,
+            default=default,
+            metavar="NAME,NAME",
+            help=f"{what}: {', '.join(known)} (default: {default or 'none'})",
+        )
+    evaluate.add_argument(
+        "--judge",
+        action="store_true",
+        help="let a chat model judge the answers of protocol wild (LOCFT_JUDGE_URL, _MODEL, _KEY)",
+    )
+    evaluate.add_argument(
+        "--capability",
+        type=_names,
+        default=(),
+        metavar="TASK,TASK",
+        help="tasks of lm-eval to ask before and after, or `paper` for the paper's five",
+    )
+    evaluate.add_argument(
+        "--capability-data", metavar="DIR", help="folder with TASK.jsonl for each; nothing is fetched"
+    )
+    evaluate.add_argument(
+        "--capability-limit", type=_count, metavar="N", help="ask at most so many items of each task"
+    )
+    evaluate.add_argument(
+        "--max-capability-drop",
+        type=_points,
+        metavar="POINTS",
+        help="exit with status 1 if capability dropped by more percentage points, beyond doubt",
+    )
+    evaluate.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with status 1 also where such a drop cannot be excluded",
+    )
+    evaluate.add_argument(
+        "--show",
+        choices=("none", "failures", "all"),
+        default="none",
+        help="which answers to show, with the cause of each failure (default: none)",
+    )
+    evaluate.add_argument(
+        "-o", "--output", metavar="DIR", help="folder to make, with report.json and answers.jsonl"
+    )
     _add_gate(evaluate)
-    _add_json(evaluate, "print the report as JSON on stdout")
+    _add_json(evaluate, "print the report and all answers as JSON on stdout")
     _add_settings(evaluate, {"edits", "scores", "machine", "model"}, ("format",))
 
     lint = _command(commands, "lint", "report every problem of an edits file at once", "")
@@ -412,6 +476,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number over 0")
     return int(text)
+
+
+def _points(text: str) -> float:
+    try:
+        points = float(text)
+    except ValueError:
+        points = -1.0
+    if not 0 <= points <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected percentage points, 0 to 100")
+    return points
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Tables for the terminal; user text is shown as text, whatever it holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,26 +10,31 @@ from rich.text import Text
 from locft.bench.schema import EngineReport
 from locft.errors import printable
 from locft.report.markdown import NUM_EXAMPLES, Example, in_order
-from locft.report.schema import Cost, EditReport
+from locft.report.schema import Cost, EditReport, EvalReport
 from locft.report.words import (
     MEANINGS,
     SCORE_NAMES,
     bytes_text,
+    change_text,
     counted,
     figure_text,
     seconds_text,
     some,
     verdict,
 )
-from locft.types import Scores
+from locft.types import CapabilityScores, Figure
 
 if TYPE_CHECKING:  # they load torch
     from locft.bench.growth import Growth
     from locft.bench.scoring import ScoringBench
+    from locft.evaluation.scoring import AnswerRecord
     from locft.recipe.export import LoraExport
     from locft.recipe.plan import Plan
 
 _WIDTH_PIPED = 120
+# What score tables need, so that no cell is folded.
+_WIDTH_OF_CHANGE = 110
+_WIDTH_OF_MEANING = 150
 
 
 def make_console() -> Console:
@@ -48,7 +53,8 @@ def show_edit(console: Console, report: EditReport, examples: Sequence[Example],
         answers = (example.before or "(blank)", example.after or "(blank)")
         table.add_row(*map(plain, (example.prompt, example.expected, *answers)), mark)
     console.print(table)
-    show_scores(console, report.scores_before, report.scores)
+    before, after = vars(report.scores_before), vars(report.scores)
+    show_scores(console, "scores, with 95% intervals", before, after, report.change, MEANINGS)
     console.print(Text(verdict(report.scores, report.edits.num_edits), style="bold"))
     location = report.location
     share = 100 * location.num_parameters / report.model.num_parameters
@@ -64,16 +70,131 @@ def show_edit(console: Console, report: EditReport, examples: Sequence[Example],
     )
 
 
-def show_scores(console: Console, before: Scores | None, after: Scores) -> None:
-    """Show the scores, beside those of the unedited model where there is one."""
-    columns = ["score", "before", "after", "what it is"]
-    if console.width < _WIDTH_PIPED:
-        columns.pop()
-    table = make_table("scores, with 95% intervals", *columns)
-    for name in SCORE_NAMES:
-        was = "" if before is None else figure_text(name, getattr(before, name))
-        row = (name, was, figure_text(name, getattr(after, name)), MEANINGS[name])
+def show_scores(
+    console: Console,
+    title: str,
+    before: Mapping[str, Figure] | None,
+    after: Mapping[str, Figure],
+    change: Mapping[str, Figure] | None,
+    meanings: Mapping[str, str],
+) -> None:
+    """Show scores by their names, beside those of the unedited model where there is one."""
+    columns = ["score", "value", "what it is"]
+    if before is not None:
+        columns = ["score", "before", "after", "change in points", "what it is"]
+        if console.width < _WIDTH_OF_MEANING:
+            columns.pop()
+        if console.width < _WIDTH_OF_CHANGE:
+            columns.pop()
+    table = make_table(title, *columns)
+    for name, figure in after.items():
+        row = [name, figure_text(name, figure), meanings[name]]
+        if before is not None:
+            was = figure_text(name, before[name]) if name in before else ""
+            changed = change_text(change[name]) if change and name in change else ""
+            row[1:2] = [was, row[1], changed]
         table.add_row(*row[: len(columns)])
+    console.print(table)
+
+
+def show_evaluation(
+    console: Console, report: EvalReport, records: Sequence["AnswerRecord"], show: str
+) -> None:
+    """Show an evaluation: the scores of each protocol, the contexts, the causes of failures.
+
+    Args:
+        console: Where.
+        report: The report.
+        records: Every answer.
+        show: Which answers to show: ``failures``, ``all`` or ``none``.
+    """
+    shown = [
+        record
+        for record in records
+        if record.after is not None and (record.cause is not None or show == "all") and show != "none"
+    ]
+    if shown:
+        table = make_table(
+            f"{counted(len(shown), 'answer')}, {'failures only' if show == 'failures' else 'all'}",
+            *("context", "kind", "prompt", "expected", "before", "after", "cause"),
+        )
+        for record in shown:
+            texts = (record.expected, record.before, record.after)
+            answers = ("-" if text is None else text or "(blank)" for text in texts)
+            where = (
+                record.context if record.protocol == "locft" else f"{record.protocol}, {record.context}"
+            )
+            table.add_row(
+                where, record.kind, plain(record.prompt), *map(plain, answers), record.cause or ""
+            )
+        console.print(table)
+    drift = report.drift
+    for number, (name, scores) in enumerate(report.protocols.items()):
+        before, after, meanings = scores.before, scores.after, scores.protocol.meanings
+        if drift is not None and number == 0:
+            after = {**after, "drift": drift.overall}
+            meanings = {**meanings, "drift": MEANINGS["drift"]}
+        title = f"protocol {name}, with 95% intervals: {scores.protocol.match}"
+        show_scores(console, title, before, after, scores.change, meanings)
+    if report.contexts:
+        _show_contexts(console, report)
+    if report.capability is not None:
+        _show_capability(console, report.capability)
+    if report.judge is not None:
+        agreed = figure_text("agreement", report.judge.agreement)
+        console.print(
+            _line(
+                f"judge {report.judge.model}: agrees with exact match on {agreed}; "
+                f"{counted(report.judge.num_without_verdict, 'answer')} without a verdict"
+            )
+        )
+    for kind, causes in report.causes.items():
+        total = sum(causes.values())
+        parts = ", ".join(f"{num:,} {cause}" for cause, num in sorted(causes.items(), key=_most_first))
+        console.print(Text(f"{kind}: {counted(total, 'failure')}: {parts}"))
+
+
+def _most_first(cause: tuple[str, int]) -> tuple[int, str]:
+    return -cause[1], cause[0]
+
+
+def _show_capability(console: Console, capability: CapabilityScores) -> None:
+    """Show each task, and the mean over them."""
+    source = "" if capability.data is None else f", items from {capability.data}"
+    table = make_table(
+        f"capability, by lm-eval {capability.lm_eval}{source}",
+        *("task", "metric", "before", "after", "change in points"),
+    )
+
+    def add(name: str, metric: str, before: Figure | None, after: Figure, change: Figure | None) -> None:
+        was = "" if before is None else figure_text(name, before)
+        changed = "" if change is None else change_text(change)
+        table.add_row(plain(name), metric, was, figure_text(name, after), changed)
+
+    for name, task in capability.tasks.items():
+        add(name, task.metric, task.before, task.after, task.change)
+    if len(capability.tasks) > 1:
+        add("mean over tasks", "", capability.before, capability.after, capability.change)
+    console.print(table)
+
+
+def _show_contexts(console: Console, report: EvalReport) -> None:
+    """Show how far the edits carry: a row for each context."""
+    some_scores = next(iter(report.contexts.values()))
+    names = list(some_scores.after)
+    columns = [
+        f"{name}{when}"
+        for name in names
+        for when in (("",) if some_scores.before is None else (" before", " after"))
+    ]
+    table = make_table(f"contexts, by protocol {some_scores.protocol.name}", "context", *columns)
+    for context, scores in report.contexts.items():
+        cells: list[str] = []
+        for name in names:
+            if scores.before is not None:
+                cells.append(figure_text(name, scores.before[name]))
+            cells.append(figure_text(name, scores.after[name]))
+        table.add_row(context, *cells)
     console.print(table)
 
 

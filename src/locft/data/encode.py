@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from locft.data.chat import render_chat
 from locft.data.lint import Measured
 from locft.errors import EditsError, ModelError
 from locft.types import Edit
@@ -25,11 +26,11 @@ _UNSPACED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One training example.
+    """A prompt with the text that follows it: a training example, or one to score.
 
     Attributes:
-        ids: Token ids of prompt, target and end-of-sequence token.
-        target_start: Index of the first target token; all that follow are target. At least 1.
+        ids: Token ids of prompt, target and, where it is to be learnt, end-of-sequence token.
+        target_start: Index of the first target token; all that follow are target.
     """
 
     ids: tuple[int, ...]
@@ -37,7 +38,7 @@ class Encoded:
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are target, the end-of-sequence token included."""
+        """How many tokens are target, an end-of-sequence token included."""
         return len(self.ids) - self.target_start
 
 
@@ -67,17 +68,26 @@ class Codec:
         Raises:
             EditsError: The target gives no token, or the prompt none before it.
         """
-        text = self._prompt_text(edit.prompt)
-        tokens = self._tokenize(join(text, edit.target))
+        pair = self.encode_pair(edit.prompt, edit.target)
+        if not pair.num_targets or not pair.target_start:
+            what = (
+                "target gives no token"
+                if pair.target_start
+                else "prompt gives no token before the target"
+            )
+            raise EditsError(f"edit {edit.id} ({edit.source}): the {what} in this model's vocabulary")
+        return Encoded(ids=(*pair.ids, self.eos_id), target_start=pair.target_start)
+
+    def encode_pair(self, prompt: str, text: str) -> Encoded:
+        """Encode a text after a prompt, without an end-of-sequence token; the text may give no token."""
+        before = self._prompt_text(prompt)
+        tokens = self._tokenize(join(before, text) if text else before)
         ids = self._without_eos(tokens["input_ids"])
         # A token that straddles the border is target: what it spells can only be learnt whole.
         # Special tokens that the tokenizer adds in front have the empty span (0, 0).
         spans = tokens["offset_mapping"][: len(ids)]
-        start = next((i for i, (_, end) in enumerate(spans) if end > len(text)), len(ids))
-        if start == len(ids) or start == 0:
-            what = "target gives no token" if start else "prompt gives no token before the target"
-            raise EditsError(f"edit {edit.id} ({edit.source}): the {what} in this model's vocabulary")
-        return Encoded(ids=(*ids, self.eos_id), target_start=start)
+        start = next((i for i, (_, end) in enumerate(spans) if end > len(before)), len(ids))
+        return Encoded(ids=ids, target_start=start)
 
     def measure(self, edit: Edit) -> Measured:
         """Count an edit's tokens for the linter."""
@@ -98,7 +108,7 @@ class Codec:
     def _prompt_text(self, prompt: str) -> str:
         if self.format == "raw":
             return prompt
-        return _render(self.tokenizer, [{"role": "user", "content": prompt}], prompt_only=True)
+        return render_chat(self.tokenizer, [{"role": "user", "content": prompt}], prompt_only=True)
 
     def _tokenize(self, text: str) -> Any:
         # A chat template writes its own special tokens.
@@ -170,21 +180,13 @@ def _is_unspaced(character: str) -> bool:
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Find the special token with which the chat template ends an answer; None if it shows none."""
     question = {"role": "user", "content": "Q"}
-    asked = _render(tokenizer, [question], prompt_only=True)
+    asked = render_chat(tokenizer, [question], prompt_only=True)
     answer = "ANSWER"
-    told = _render(tokenizer, [question, {"role": "assistant", "content": answer}], prompt_only=False)
+    told = render_chat(
+        tokenizer, [question, {"role": "assistant", "content": answer}], prompt_only=False
+    )
     if not told.startswith(asked + answer):
         return None
     rest = tokenizer(told[len(asked + answer) :], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return rest[0] if rest and rest[0] in special else None
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt_only: bool
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt_only)
-    except Exception as error:  # a template is code of the model's author: anything may come
-        raise ModelError(f"this model's chat template fails: {error}") from error
-    return str(text)

@@ -1,43 +1,149 @@
-"""Puts answers and drift together into the scores of one model on one set of edits."""
+"""The items that are scored, what two models make of them, and the figures that follow."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from locft.evaluation.metrics import generalization, is_match, locality, reliability
-from locft.types import Edit, Figure, Scores
+from locft.evaluation.causes import Cause
+from locft.evaluation.metrics import mean, paired_difference, share
+from locft.types import Edit, Figure
+
+Kind = Literal["reliability", "generalization", "locality"]
+KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality")
 
 _BY_DEFINITION = "by definition: the unedited model is compared with itself"
+_NO_BASE = Figure(value=None, num=0, reason="no unedited model to compare with: name one with --base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A prompt of an edit, and what is expected of it.
+
+    Attributes:
+        edit: Id of the edit.
+        kind: What the prompt measures.
+        prompt: The prompt.
+        target: The edit's target.
+        expected: What shall be answered: the target; for locality what the unedited model answers,
+            None as long as that is not known.
+        old: The answer before the edit, if the edits say so.
+    """
+
+    edit: str
+    kind: Kind
+    prompt: str
+    target: str
+    expected: str | None
+    old: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a model makes of an item.
+
+    Attributes:
+        score: From 0 to 1; None if there is nothing to measure it by.
+        answer: What it answered, where it was asked.
+    """
+
+    score: float | None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRecord:
-    """What was answered to one prompt, before and after.
+    """An item with what the unedited and the scored model make of it: a line of `answers.jsonl`.
 
     Attributes:
+        protocol: Name of the protocol.
+        context: Name of the context that the prompt was put into.
         edit: Id of the edit that the prompt belongs to.
         kind: What the prompt measures.
         prompt: The prompt.
-        expected: The target; for locality the unedited model's own answer. None if unknown.
-        before: The unedited model's answer; None if there is no unedited model.
-        after: The scored model's answer.
-        match_before: Whether `before` is what was expected.
-        match_after: Whether `after` is what was expected.
+        expected: What shall be answered; for locality the unedited model's answer. None if unknown.
+        before: The unedited model's answer; None if there is no such model, or nobody was asked.
+        after: The scored model's answer; None if nobody was asked.
+        score_before: The unedited model's score, from 0 to 1; None if it has none.
+        score_after: The scored model's score.
+        cause: Why an answer after the edit is not what was expected; None if it is.
     """
 
+    protocol: str
+    context: str
     edit: str
-    kind: Literal["reliability", "generalization", "locality"]
+    kind: Kind
     prompt: str
     expected: str | None
     before: str | None
-    after: str
-    match_before: bool | None
-    match_after: bool | None
+    after: str | None
+    score_before: float | None
+    score_after: float | None
+    cause: Cause | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A score of two models on the same items.
+
+    Attributes:
+        before: The unedited model's; None if there is none.
+        after: The scored model's.
+        change: The mean difference, with its paired interval; None if there is nothing to compare.
+    """
+
+    before: Figure | None
+    after: Figure
+    change: Figure | None
 
 
 def prompts_of(edits: Iterable[Edit]) -> list[str]:
     """List every prompt that scoring needs an answer to."""
     return [text for edit in edits for text in (edit.prompt, *edit.rephrases, *edit.locality)]
+
+
+def items_of(edits: Iterable[Edit], kinds: Sequence[Kind] = KINDS) -> list[Item]:
+    """List what is scored, in the order of the edits."""
+    items: list[Item] = []
+    for edit in edits:
+        prompts: dict[Kind, tuple[str, ...]] = {
+            "reliability": (edit.prompt,),
+            "generalization": edit.rephrases,
+            "locality": edit.locality,
+        }
+        items += [
+            Item(
+                edit=edit.id,
+                kind=kind,
+                prompt=prompt,
+                target=edit.target,
+                expected=None if kind == "locality" else edit.target,
+                old=edit.old,
+            )
+            for kind in kinds
+            for prompt in prompts[kind]
+        ]
+    return items
+
+
+def expect_own_answers(
+    items: Sequence[Item], results: Sequence[Result]
+) -> tuple[list[Item], list[Result]]:
+    """Expect what the unedited model answers, where nothing else is expected; it is right by definition.
+
+    Args:
+        items: The items.
+        results: What the unedited model makes of them.
+
+    Returns:
+        The items to measure another model by, and the unedited model's results.
+    """
+    known: list[Item] = []
+    own: list[Result] = []
+    for item, result in zip(items, results, strict=True):
+        is_open = item.expected is None and result.answer is not None
+        known.append(replace(item, expected=result.answer) if is_open else item)
+        own.append(replace(result, score=1.0) if is_open and result.score is None else result)
+    return known, own
 
 
 def guesses_for(edits: Iterable[Edit]) -> dict[str, str]:
@@ -49,74 +155,79 @@ def guesses_for(edits: Iterable[Edit]) -> dict[str, str]:
     return {edit.prompt: edit.target for edit in edits}
 
 
-def score(
-    edits: Sequence[Edit],
-    answers: Mapping[str, str],
-    base_answers: Mapping[str, str] | None,
-    drift: Figure | None,
-) -> Scores:
-    """Score a model, all edits being in.
+def join_results(
+    protocol: str,
+    context: str,
+    items: Iterable[Item],
+    before: Sequence[Result] | None,
+    after: Sequence[Result],
+) -> list[AnswerRecord]:
+    """Join what two models make of the same items.
 
     Args:
-        edits: The edits.
-        answers: The model's answer to each prompt of `prompts_of`.
-        base_answers: The unedited model's answers; None if there is no unedited model.
-        drift: The drift from the unedited model; None if there is none.
+        protocol: Name of the protocol.
+        context: Name of the context.
+        items: The items.
+        before: The unedited model's results; None if there is no such model.
+        after: The scored model's.
 
     Returns:
-        The scores; locality and drift are without value where there is no unedited model.
+        A record for each item, in order, without causes.
     """
-    missing = Figure(value=None, num=0, reason="no unedited model to compare with: name one with --base")
-    return Scores(
-        reliability=reliability(edits, answers),
-        generalization=generalization(edits, answers),
-        locality=missing if base_answers is None else locality(edits, answers, base_answers),
-        drift=drift or missing,
-    )
+    nothing = Result(score=None)
+    return [
+        AnswerRecord(
+            protocol=protocol,
+            context=context,
+            edit=item.edit,
+            kind=item.kind,
+            prompt=item.prompt,
+            expected=item.expected,
+            before=early.answer,
+            after=late.answer,
+            score_before=early.score,
+            score_after=late.score,
+        )
+        for item, early, late in zip(items, before or [nothing] * len(after), after, strict=True)
+    ]
 
 
-def score_unedited(edits: Sequence[Edit], answers: Mapping[str, str], num_passages: int) -> Scores:
-    """Score the unedited model, which is its own standard for locality and drift."""
-    own = locality(edits, answers, answers)
-    if own.value is not None:
-        own = Figure(value=1.0, num=own.num, low=1.0, high=1.0, reason=_BY_DEFINITION)
-    return Scores(
-        reliability=reliability(edits, answers),
-        generalization=generalization(edits, answers),
-        locality=own,
-        drift=Figure(value=0.0, num=num_passages, low=0.0, high=0.0, reason=_BY_DEFINITION),
-    )
+def compare(
+    records: Sequence[AnswerRecord], kind: Kind, *, is_share: bool, is_own_standard: bool
+) -> Compared:
+    """Draw the figures of one kind of items.
+
+    Args:
+        records: Of one protocol and context.
+        kind: The kind.
+        is_share: Whether scores are 0 or 1, so that their mean is a share (with Wilson's interval).
+        is_own_standard: Whether the unedited model's score holds by definition.
+
+    Returns:
+        Both models' figures and the paired change. Items without a score do not count.
+    """
+    of_kind = [record for record in records if record.kind == kind]
+    scored = [
+        (record.score_before, record.score_after) for record in of_kind if record.score_after is not None
+    ]
+    if of_kind and not scored:
+        return Compared(before=None, after=_NO_BASE, change=None)
+    after = [late for _, late in scored]
+    before = [early for early, _ in scored if early is not None]
+    of_after = _figure(after, is_share=is_share)
+    if len(before) < len(after):  # there is no unedited model
+        return Compared(before=None, after=of_after, change=None)
+    of_before = _figure(before, is_share=is_share)
+    if is_own_standard and of_before.value is not None:
+        value = of_before.value
+        of_before = replace(of_before, low=value, high=value, reason=_BY_DEFINITION)
+    return Compared(before=of_before, after=of_after, change=paired_difference(before, after))
 
 
-def answer_records(
-    edits: Iterable[Edit], answers: Mapping[str, str], base_answers: Mapping[str, str] | None
-) -> Iterator[AnswerRecord]:
-    """List every answer beside what was expected, in the order of the edits."""
-    for edit in edits:
-        yield _record(edit, "reliability", edit.prompt, edit.target, answers, base_answers)
-        for text in edit.rephrases:
-            yield _record(edit, "generalization", text, edit.target, answers, base_answers)
-        for text in edit.locality:
-            own = None if base_answers is None else base_answers[text]
-            yield _record(edit, "locality", text, own, answers, base_answers)
+def drift_of_unedited(num_passages: int) -> Figure:
+    """Give the drift of the unedited model from itself."""
+    return Figure(value=0.0, num=num_passages, low=0.0, high=0.0, reason=_BY_DEFINITION)
 
 
-def _record(
-    edit: Edit,
-    kind: Literal["reliability", "generalization", "locality"],
-    prompt: str,
-    expected: str | None,
-    answers: Mapping[str, str],
-    base_answers: Mapping[str, str] | None,
-) -> AnswerRecord:
-    before = None if base_answers is None else base_answers[prompt]
-    return AnswerRecord(
-        edit=edit.id,
-        kind=kind,
-        prompt=prompt,
-        expected=expected,
-        before=before,
-        after=answers[prompt],
-        match_before=None if before is None or expected is None else is_match(before, expected),
-        match_after=None if expected is None else is_match(answers[prompt], expected),
-    )
+def _figure(values: Sequence[float], *, is_share: bool) -> Figure:
+    return share(round(sum(values)), len(values)) if is_share else mean(values)

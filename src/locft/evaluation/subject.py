@@ -7,9 +7,12 @@ from torch import Tensor
 
 from locft.checkpoint import read_checkpoint
 from locft.config import RunConfig
-from locft.data.encode import Codec, make_codec
+from locft.data.contexts import Context, in_context
+from locft.data.encode import Codec, PromptFormat, make_codec
+from locft.errors import InputError, brief
 from locft.evaluation.drift import Drift, NeutralText, measure_drift
-from locft.evaluation.generate import Stop, answer_prompts
+from locft.evaluation.generate import Stop, answer_prompts, decode_prompts, read_answers
+from locft.evaluation.likelihood import Continuation, Pair, score_continuations
 from locft.model.load import LoadedModel, context_tokens, end_of_sequence, load_model, load_tokenizer
 from locft.model.weights import swapped_in
 from locft.tensorfile import TensorEntry
@@ -47,10 +50,96 @@ class Subject:
             guesses=guesses,
         )
 
+    def codec_for(self, context: Context) -> Codec:
+        """Make the codec that puts prompts into a context.
+
+        Raises:
+            ModelError: The model has no chat template.
+        """
+        wanted: PromptFormat = "chat" if context == "chat" else "raw"
+        if wanted == self.codec.format:
+            return self.codec
+        eos = end_of_sequence(self.loaded.model.config)
+        return make_codec(self.loaded.tokenizer, wanted, eos_id=eos)
+
     def logits(self, ids: Tensor) -> Tensor:
         """Run the full forward, from ids (B, T) to logits (B, T, V)."""
         logits: Tensor = self.loaded.model(input_ids=ids, use_cache=False).logits
         return logits
+
+
+class Reader:
+    """A loaded model in one state, as protocols see it: it answers a prompt once for all of them.
+
+    Args:
+        subject: The model.
+        context: The context that prompts are put into.
+        label: Which model it is, for the progress bar.
+        max_new_tokens: The longest answer that any protocol asks for.
+        guesses: What prompts may be answered with; they change the time, never an answer.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        context: Context,
+        *,
+        label: str,
+        max_new_tokens: int,
+        guesses: Mapping[str, str],
+    ) -> None:
+        self._subject = subject
+        self._context: Context = context
+        self._codec = subject.codec_for(context)
+        self._label = label
+        self._longest = max_new_tokens
+        self._guesses = guesses
+        self._rows: dict[str, list[int]] = {}
+
+    def answer(self, prompts: Iterable[str], max_new_tokens: int) -> dict[str, str]:
+        """Answer prompts greedily, with at most so many new tokens."""
+        texts = {prompt: in_context(prompt, self._context) for prompt in prompts}
+        missing = [text for text in texts.values() if text not in self._rows]
+        if missing:
+            self._refuse_too_long(missing)
+            self._rows |= decode_prompts(
+                self._subject.loaded.model,
+                self._codec,
+                missing,
+                batch_size=self._subject.batch_size,
+                label=f"answering, {self._label}",
+                max_new_tokens=self._longest,
+                guesses={
+                    texts[prompt]: guess for prompt, guess in self._guesses.items() if prompt in texts
+                },
+            )
+        # What an answer begins with does not depend on how long it may be.
+        rows = {prompt: self._rows[text][:max_new_tokens] for prompt, text in texts.items()}
+        return read_answers(self._codec, rows)
+
+    def _refuse_too_long(self, texts: Iterable[str]) -> None:
+        limit = context_tokens(self._subject.loaded.model.config)
+        if limit is None:
+            return
+        too_long = [text for text in texts if len(self._codec.prompt_ids(text)) + self._longest > limit]
+        if too_long:
+            raise InputError(
+                f"{len(too_long):,} prompts of context {self._context} with {self._longest} new "
+                f"tokens do not fit into the {limit:,} tokens that this model takes, such as "
+                f"{brief(too_long[0])}: leave them out, or choose another context or protocol"
+            )
+
+    def continuations(self, pairs: Iterable[Pair]) -> dict[Pair, Continuation]:
+        """Score texts after prompts, teacher-forced."""
+        put = {(prompt, text): (in_context(prompt, self._context), text) for prompt, text in pairs}
+        found = score_continuations(
+            self._subject.loaded.model,
+            self._codec,
+            put.values(),
+            batch_size=self._subject.batch_size,
+            label=f"scoring, {self._label}",
+        )
+        return {pair: found[texts] for pair, texts in put.items()}
 
 
 def load_subject(name: str, config: RunConfig) -> Subject:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +12,10 @@ from locft.config import RunConfig, settings
 from locft.data.edits import EditFile
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
 from locft.evaluation.drift import NeutralText, read_neutral_text
-from locft.evaluation.scoring import (
-    answer_records,
-    guesses_for,
-    prompts_of,
-    score,
-    score_unedited,
-)
-from locft.evaluation.subject import Subject, drift_of_values, load_subject
+from locft.evaluation.measure import Way, measure_model, measure_unedited, record_answers
+from locft.evaluation.protocols import locft
+from locft.evaluation.scoring import drift_of_unedited, guesses_for, items_of, prompts_of
+from locft.evaluation.subject import Reader, Subject, drift_of_values, load_subject
 from locft.model.load import context_tokens, dtype_name
 from locft.model.location import Location, parse_location, resolve_location
 from locft.model.matching import map_parameters
@@ -35,7 +31,7 @@ from locft.provenance import (
     describe_environment,
     describe_location,
     describe_model,
-    describe_protocol,
+    describe_scores,
     peak_memory_bytes,
 )
 from locft.publish import refuse_taken, reserved, staged_folder
@@ -45,7 +41,7 @@ from locft.report.words import counted
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_engine, choose_schedule
 from locft.train.loop import Engine, Epoch, Schedule, train_breadth_first
-from locft.types import Edit
+from locft.types import Edit, Scores
 
 
 def edit(
@@ -113,9 +109,12 @@ def _edit(
     split = split_model(network, location.layer)
     model_info = describe_model(subject.loaded)
     watch.lap("load")
-    prompts = prompts_of(gathered.edits)
-    say(f"answering {counted(len(set(prompts)), 'prompt')} before the edit")
-    base_answers = subject.answer(prompts, "answering, unedited")
+    num_prompts = len(set(prompts_of(gathered.edits)))
+    say(f"answering {counted(num_prompts, 'prompt')} before the edit")
+    way = Way(locft.PROTOCOL, config.format)
+    items, before = measure_unedited(
+        {way.context: _reader(subject, config, "unedited", {})}, {way: items_of(gathered.edits)}
+    )
     watch.lap("eval")
 
     with staged_folder(run) as staging:
@@ -155,12 +154,14 @@ def _edit(
     watch.lap("load")
     say("answering after the edit, and measuring drift")
     with swapped_in(subject.loaded.model, values):
-        guesses = guesses_for(gathered.edits)
-        answers = subject.answer(prompts, "answering, edited", guesses=guesses)
+        reader = _reader(subject, config, "edited", guesses_for(gathered.edits))
+        after = measure_model({way.context: reader}, items)
     drift = drift_of_values(subject, values, text)
     watch.lap("eval")
 
     # 5. The report.
+    records = record_answers(items, before, after)[way]
+    scores = describe_scores(way.protocol, way.context, records, has_unedited=True)
     device = subject.loaded.model.device
     report = EditReport(
         schema_version=SCHEMA_VERSION,
@@ -177,9 +178,10 @@ def _edit(
             final_loss=trained.epochs[-1].loss,
             stopped_early=trained.stopped_early,
         ),
-        protocol=describe_protocol(config.format),
-        scores_before=score_unedited(gathered.edits, base_answers, drift.overall.num),
-        scores=score(gathered.edits, answers, base_answers, drift.overall),
+        protocol=scores.protocol,
+        scores_before=Scores(**(scores.before or {}), drift=drift_of_unedited(drift.overall.num)),
+        scores=Scores(**scores.after, drift=drift.overall),
+        change=scores.change or {},
         drift=describe_drift(text, drift),
         cost=Cost(
             seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(gathered.edits),
@@ -193,8 +195,14 @@ def _edit(
         patch_bytes=sum(file.stat().st_size for file in (run / PATCH_FOLDER).iterdir()),
         environment=describe_environment(device),
     )
-    save_scored(run, report, list(answer_records(gathered.edits, answers, base_answers)))
+    save_scored(run, report, records)
     return report
+
+
+def _reader(subject: Subject, config: RunConfig, label: str, guesses: Mapping[str, str]) -> Reader:
+    return Reader(
+        subject, config.format, label=label, max_new_tokens=locft.MAX_NEW_TOKENS, guesses=guesses
+    )
 
 
 def _manifest(

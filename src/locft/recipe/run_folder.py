@@ -13,9 +13,9 @@ from locft.config import RunConfig, to_toml
 from locft.data.edits import write_edits
 from locft.evaluation.scoring import AnswerRecord
 from locft.patch.format import PATCH_FOLDER, Patch, write_patch
-from locft.publish import add_files
+from locft.publish import add_files, staged_folder
 from locft.report.markdown import Example, draw_markdown
-from locft.report.schema import EditReport, to_json
+from locft.report.schema import EditReport, EvalReport, to_json
 from locft.types import Edit
 
 ANSWERS_FILE = "answers.jsonl"
@@ -40,12 +40,21 @@ def save_trained(folder: Path, patch: Patch, edits: Iterable[Edit], config: RunC
 
 def save_scored(run: Path, report: EditReport, records: Sequence[AnswerRecord]) -> None:
     """Write the scores and the answers that they come from, into the run folder."""
-    lines = (json.dumps(asdict(record), ensure_ascii=False) for record in records)
-    answers = "".join(f"{line}\n" for line in lines)
     markdown = draw_markdown(report, examples_of(records))
     # The report comes last, so that a folder with one is a whole run.
-    files = {ANSWERS_FILE: answers, "report.md": markdown, "report.json": to_json(report)}
+    files = {ANSWERS_FILE: _lines(records), "report.md": markdown, "report.json": to_json(report)}
     add_files(run, {name: text.encode() for name, text in files.items()})
+
+
+def save_evaluation(folder: Path, report: EvalReport, records: Sequence[AnswerRecord]) -> None:
+    """Write an evaluation and the answers that it comes from, as a folder of their own."""
+    with staged_folder(folder) as staging:
+        (staging / ANSWERS_FILE).write_text(_lines(records), "utf-8")
+        (staging / "report.json").write_text(to_json(report), "utf-8")
+
+
+def _lines(records: Iterable[AnswerRecord]) -> str:
+    return "".join(f"{json.dumps(asdict(record), ensure_ascii=False)}\n" for record in records)
 
 
 def read_examples(run: Path) -> list[Example]:
@@ -61,8 +70,8 @@ def examples_of(records: Sequence[AnswerRecord]) -> list[Example]:
             prompt=record.prompt,
             expected=record.expected or "",
             before=record.before or "",
-            after=record.after,
-            is_match=bool(record.match_after),
+            after=record.after or "",
+            is_match=record.score_after == 1,
         )
         for record in records
         if record.kind == "reliability"

@@ -9,6 +9,7 @@ from locft.report.words import (
     MEANINGS,
     SCORE_NAMES,
     bytes_text,
+    change_text,
     counted,
     figure_text,
     seconds_text,
@@ -47,16 +48,18 @@ def draw_markdown(report: EditReport, examples: Sequence[Example]) -> str:
         "",
         f"**{verdict(report.scores, report.edits.num_edits)}**",
         "",
-        "| score | before | after | what it is |",
-        "|---|---|---|---|",
+        "| score | before | after | change in points | what it is |",
+        "|---|---|---|---|---|",
     ]
     for name in SCORE_NAMES:
         before = figure_text(name, getattr(report.scores_before, name))
         after = figure_text(name, getattr(report.scores, name))
-        lines.append(f"| {name} | {before} | {after} | {MEANINGS[name]} |")
+        change = change_text(report.change[name]) if name in report.change else ""
+        lines.append(f"| {name} | {before} | {after} | {change} | {MEANINGS[name]} |")
     lines += [
         "",
-        "In brackets: 95% intervals (Wilson for shares, bootstrap over passages for drift). Scored on "
+        "In brackets: 95% intervals (Wilson for shares, bootstrap over passages for drift, and over "
+        "pairs of answers to the same prompts for changes). Scored on "
         "a freshly loaded model with the patch applied, all edits being in: greedy decoding, at most "
         f'{report.protocol.max_new_tokens} new tokens, stop at ".", newline or end of sequence, '
         "normalised exact match.",

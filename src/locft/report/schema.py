@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from locft.types import Figure, Scores
+from locft.types import CapabilityScores, Figure, Scores
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +77,12 @@ class TrainingInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DriftInfo:
-    """What drift was measured on, and the drift for each kind of text."""
+    """What drift was measured on, and the drift over all of it and for each kind of text."""
 
     text: str
     text_sha256: str
     num_tokens: int
+    overall: Figure
     by_kind: dict[str, Figure]
 
 
@@ -122,13 +123,46 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How answers were taken and compared."""
+    """How scores were taken: by what rule, in what context, and what each of them is."""
 
     name: str
-    format: str
-    max_new_tokens: int
+    rule: str
+    context: str
+    max_new_tokens: int | None  # None where nothing is generated
     stop: tuple[str, ...]
     match: str
+    meanings: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolScores:
+    """What one protocol measured in one context, by the names of its scores.
+
+    `before` is the unedited model's, and `change` the paired difference on the same items; both are
+    None where there is no unedited model.
+    """
+
+    protocol: Protocol
+    before: dict[str, Figure] | None
+    after: dict[str, Figure]
+    change: dict[str, Figure] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeInfo:
+    """The judge: its model, how often it agreed with exact match, and how often it gave no verdict."""
+
+    model: str
+    agreement: Figure
+    num_without_verdict: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointInfo:
+    """A server that answered in place of a loaded model: its address, and the name of its model."""
+
+    url: str
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +178,7 @@ class EditReport:
     protocol: Protocol
     scores_before: Scores
     scores: Scores
+    change: dict[str, Figure]
     drift: DriftInfo
     cost: Cost
     patch_bytes: int
@@ -152,18 +187,28 @@ class EditReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """The report of `locft eval`; `base` is the unedited model, if one was named."""
+    """The report of `locft eval`; `base` is the unedited model, if one was named.
+
+    `protocols` are what was asked for, by name, and `contexts` the first of them that takes answers,
+    by context. `model` is None where an `endpoint` answered.
+    """
 
     schema_version: int
-    model: ModelInfo
+    model: ModelInfo | None
+    endpoint: EndpointInfo | None
     patch: str | None
     base: str | None
     edits: EditsInfo
-    protocol: Protocol
-    scores_before: Scores | None
-    scores: Scores
+    protocols: dict[str, ProtocolScores]
+    contexts: dict[str, ProtocolScores]
+    judge: JudgeInfo | None
+    causes: dict[str, dict[str, int]]  # of failures: by kind of item and cause, of the first protocol
     drift: DriftInfo | None
+    capability: CapabilityScores | None
     cost: EvalCost
+    parts_s: dict[
+        str, float
+    ]  # seconds by part; answers that protocols share count for the first of them
     environment: Environment
 
 

@@ -7,6 +7,13 @@ from locft.types import Figure, Scores
 _NUM_NAMED = 4
 
 SCORE_NAMES = ("reliability", "generalization", "locality", "drift")
+# The names of each protocol's scores, without loading what measures them.
+PROTOCOL_SCORES = {
+    "locft": SCORE_NAMES[:3],
+    "wild": SCORE_NAMES[:3],
+    "teacher-forced": SCORE_NAMES[:3],
+    "likelihood": ("efficacy", "paraphrase", "neighbourhood"),
+}
 MEANINGS = {
     "reliability": "prompts answered with the target",
     "generalization": "rephrases answered with the target",
@@ -32,6 +39,13 @@ def figure_text(name: str, figure: Figure) -> str:
     return (
         f"{100 * figure.value:.1f}% [{100 * figure.low:.1f}, {100 * figure.high:.1f}] of {figure.num:,}"
     )
+
+
+def change_text(figure: Figure) -> str:
+    """Word the difference of two shares on the same items: ``+12.0 [+8.5, +15.5]``, in points."""
+    if figure.value is None or figure.low is None or figure.high is None:
+        return ""
+    return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
 
 
 def verdict(scores: Scores, num_edits: int) -> str:

@@ -300,14 +300,16 @@ def test_what_is_no_gate_is_refused_with_the_scores_there_are(text: str) -> None
     ],
 )
 def test_a_gate_that_fails_says_why(text: str, failure: str | None) -> None:
-    assert parse_gate(text).failure(SCORES) == failure
+    assert parse_gate(text).failure(vars(SCORES)) == failure
 
 
 @given(st.sampled_from(("reliability", "locality", "drift")), st.integers(0, 2000))
 def test_one_of_two_opposite_gates_holds(score: str, thousandths: int) -> None:
     bound = thousandths / 1000
     value = getattr(SCORES, score).value
-    held = [parse_gate(f"{score}{sign}{bound:.3f}").failure(SCORES) is None for sign in (">=", "<=")]
+    held = [
+        parse_gate(f"{score}{sign}{bound:.3f}").failure(vars(SCORES)) is None for sign in (">=", "<=")
+    ]
     assert held == [value >= bound, value <= bound]
 
 

@@ -1,30 +1,15 @@
 import math
+from itertools import product
+from random import Random
 from statistics import NormalDist
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft.evaluation.metrics import (
-    generalization,
-    is_match,
-    locality,
-    mean_per_token,
-    reliability,
-    share,
-)
-from locft.types import Edit, Figure
-
-EDITS = (
-    Edit(
-        id="1",
-        prompt="The capital of Australia is",
-        target="Sydney",
-        rephrases=("Australia's capital:", "Capital of Australia?"),
-        locality=("The capital of Peru is",),
-    ),
-    Edit(id="2", prompt="Who wrote Hamlet?", target="the painter", locality=("Who wrote Emma?",)),
-)
+from locft.evaluation import metrics
+from locft.evaluation.metrics import is_match, mean, mean_per_token, paired_difference, share
+from locft.types import Figure
 
 
 def bounds(figure: Figure) -> tuple[float, float, float]:
@@ -173,35 +158,60 @@ def test_other_answers_do_not_match(answer: str, expected: str) -> None:
     assert not is_match(answer, expected)
 
 
-def test_reliability_and_generalization_count_answers_that_match_the_target() -> None:
-    answers = {
-        "The capital of Australia is": "sydney",
-        "Who wrote Hamlet?": "A painter of note",
-        "Australia's capital:": "Sydney. Yes",
-        "Capital of Australia?": "Canberra",
-    }
-    assert reliability(EDITS, answers) == share(1, 2)
-    assert generalization(EDITS, answers) == share(1, 2)
-    answers["Who wrote Hamlet?"] = "Painter"
-    answers["Capital of Australia?"] = "SYDNEY!"
-    assert reliability(EDITS, answers) == share(2, 2)
-    assert generalization(EDITS, answers) == share(2, 2)
+def resampled_means(values: list[float]) -> list[float]:
+    """Enumerate the means of all ways to draw as many values, with replacement."""
+    return sorted(sum(drawn) / len(values) for drawn in product(values, repeat=len(values)))
 
 
-def test_locality_compares_with_the_unedited_models_answers_not_with_the_target() -> None:
-    before = {"The capital of Peru is": "Lima", "Who wrote Emma?": "no idea"}
-    after = {"The capital of Peru is": "Sydney", "Who wrote Emma?": "No idea!"}
-    assert locality(EDITS, after, before) == share(1, 2)
-    assert locality(EDITS, before, before) == share(2, 2)
+@pytest.mark.parametrize(
+    "values", [[0.0, 1.0, 1.0, 0.0, 1.0, 1.0], [0.5, 0.25, 1.0, 0.0, 0.75, 0.125], [-1.0, 0, 0, 1, 1, 1]]
+)
+def test_a_mean_has_the_interval_of_all_resamples_within_its_noise(values: list[float]) -> None:
+    low, value, high = bounds(mean(values))
+    means = resampled_means(values)
+    assert value == pytest.approx(sum(values) / 6)
+    assert low == pytest.approx(means[int(0.025 * len(means))], abs=0.09)
+    assert high == pytest.approx(means[int(0.975 * len(means))], abs=0.09)
 
 
-def test_a_prompt_that_two_edits_name_counts_twice() -> None:
-    edits = [Edit(id=str(i), prompt=f"p{i}", target="t", locality=("same",)) for i in range(2)]
-    assert locality(edits, {"same": "x"}, {"same": "x"}) == share(2, 2)
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=50), st.randoms())
+def test_an_interval_does_not_depend_on_the_order_of_the_items(
+    values: list[float], random: Random
+) -> None:
+    shuffled = random.sample(values, len(values))
+    assert bounds(mean(shuffled)) == pytest.approx(bounds(mean(values)))
+    low, value, high = bounds(mean(values))
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert min(values) - 1e-9 <= value <= max(values) + 1e-9
 
 
-def test_edits_without_rephrases_and_locality_prompts_have_no_such_scores() -> None:
-    edits = [Edit(id="1", prompt="p", target="t")]
-    for figure in (generalization(edits, {"p": "t"}), locality(edits, {"p": "t"}, {"p": "t"})):
-        assert (figure.value, figure.num, figure.low, figure.high) == (None, 0, None, None)
-        assert figure.reason
+def test_a_mean_of_nothing_has_no_value_and_a_reason() -> None:
+    assert mean([]) == Figure(value=None, num=0, reason="the edits hold none")
+
+
+def test_many_items_are_resampled_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [index / 1000 for index in range(1000)]
+    whole = mean(values)
+    monkeypatch.setattr(metrics, "_MAX_DRAWN", 5000)
+    assert bounds(mean(values)) == pytest.approx(bounds(whole), abs=2e-3)
+
+
+def test_a_paired_difference_is_surer_than_two_intervals() -> None:
+    before = [float(index % 2) for index in range(200)]
+    after = [1.0 if index % 10 == 0 else value for index, value in enumerate(before)]
+    change = paired_difference(before, after)
+    assert change.value == pytest.approx(0.1)
+    low, _, high = bounds(change)
+    assert 0.05 < low < 0.1 < high < 0.15
+    widths = [figure.high - figure.low for figure in (mean(before), mean(after))]  # type: ignore[operator]
+    assert high - low < min(widths)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_a_model_does_not_differ_from_itself(values: list[float]) -> None:
+    assert bounds(paired_difference(values, values)) == (0, 0, 0)
+
+
+def test_differences_are_of_the_same_items_only() -> None:
+    with pytest.raises(ValueError):
+        paired_difference([0.0], [0.0, 1.0])

@@ -23,6 +23,7 @@ from locft.report.schema import (
     MatrixInfo,
     ModelInfo,
     Protocol,
+    ProtocolScores,
     TrainingInfo,
     to_json,
 )
@@ -37,6 +38,7 @@ SCORES = Scores(
     locality=Figure(value=0.75, num=40, low=0.598, high=0.858),
     drift=Figure(value=0.0421, num=40, low=0.0391, high=0.0455),
 )
+CHANGE = Figure(value=0.97, num=200, low=0.94, high=0.99)
 BEFORE = Scores(
     reliability=Figure(value=0.0, num=200, low=0.0, high=0.019),
     generalization=NONE,
@@ -101,12 +103,23 @@ def make_report(hostile: str = "plain", **changes: Any) -> EditReport:
             stopped_early=True,
         ),
         protocol=Protocol(
-            name="locft", format="raw", max_new_tokens=32, stop=(".", "\n"), match="exact"
+            name="locft",
+            rule="Match answers.",
+            context="raw",
+            max_new_tokens=32,
+            stop=(".", "\n"),
+            match="exact",
+            meanings={},
         ),
         scores_before=BEFORE,
         scores=SCORES,
+        change={"reliability": CHANGE},
         drift=DriftInfo(
-            text=hostile, text_sha256="d" * 64, num_tokens=22_655, by_kind={hostile: SCORES.drift}
+            text=hostile,
+            text_sha256="d" * 64,
+            num_tokens=22_655,
+            overall=SCORES.drift,
+            by_kind={hostile: SCORES.drift},
         ),
         cost=Cost(
             seconds_per_edit=0.25,
@@ -217,8 +230,10 @@ def test_the_markdown_tells_scores_cost_and_change() -> None:
         "reliability",
         "0.0% [0.0, 1.9] of 200",
         "97.0% [93.6, 98.6] of 200",
+        "+97.0 [+94.0, +99.0]",
         "prompts answered with the target",
     ]
+    assert scores[2][3] == ""
     assert scores[2][1] == "not measured (the edits hold none)"
     assert scores[3][1] == "100% by definition"
     assert scores[4][1:3] == ["0 by definition", "0.0421 [0.0391, 0.0455], 40 passages"]
@@ -281,20 +296,34 @@ def test_json_of_an_evaluation_without_a_base_says_null() -> None:
     report = EvalReport(
         schema_version=SCHEMA_VERSION,
         model=edit.model,
+        endpoint=None,
         patch=None,
         base=None,
         edits=edit.edits,
-        protocol=edit.protocol,
-        scores_before=None,
-        scores=SCORES,
+        protocols={
+            "locft": ProtocolScores(
+                protocol=edit.protocol,
+                before=None,
+                after={"reliability": SCORES.reliability},
+                change=None,
+            )
+        },
+        contexts={},
+        judge=None,
+        causes={"reliability": {"empty": 6}},
         drift=None,
+        capability=None,
+        parts_s={"load": 1.0},
         cost=EvalCost(load_s=1.0, eval_s=2.0, wall_s=3.5, peak_memory_bytes=1),
         environment=edit.environment,
     )
     read = json.loads(to_json(report))
     assert read["cost"] == {"load_s": 1.0, "eval_s": 2.0, "wall_s": 3.5, "peak_memory_bytes": 1}
     assert list(read) == [field.name for field in dataclasses.fields(EvalReport)]
-    assert (read["scores_before"], read["drift"], read["base"]) == (None, None, None)
+    scores = read["protocols"]["locft"]
+    assert (scores["before"], scores["change"], read["drift"], read["base"]) == (None,) * 4
+    assert scores["after"]["reliability"]["num"] == 200
+    assert scores["protocol"]["rule"] == "Match answers."
 
 
 @pytest.mark.parametrize(

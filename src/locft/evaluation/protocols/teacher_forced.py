@@ -1,0 +1,45 @@
+"""Protocol ``teacher-forced``: what older papers report, here to compare with them; it flatters."""
+
+from collections.abc import Sequence
+
+from locft.evaluation.protocols import locft
+from locft.evaluation.protocols.base import Measurable, Protocol
+from locft.evaluation.scoring import Item, Result
+
+
+def measure(model: Measurable, items: Sequence[Item]) -> list[Result]:
+    """Count the target's tokens that are the likeliest, given the true ones before: teacher-forced.
+
+    The model sees the right beginning of every target, and need not know where to stop: the scores are
+    higher than what it would answer. The end of sequence does not count. Locality takes the unedited
+    model's own answer (by ``locft``) as the target; where that is empty, there is nothing to measure.
+
+    Source: Wang et al., EasyEdit (ACL 2024, arXiv 2308.07269), and the papers that measure with it;
+    criticised in Yang et al. (arXiv 2502.11177).
+    """
+    unknown = [item.prompt for item in items if item.expected is None]
+    answers = model.answer(unknown, locft.MAX_NEW_TOKENS) if unknown else {}
+    found = model.continuations(
+        [(item.prompt, item.expected) for item in items if item.expected is not None]
+    )
+    return [
+        Result(score=None, answer=answers[item.prompt])
+        if item.expected is None
+        else Result(score=found[item.prompt, item.expected].share_right)
+        for item in items
+    ]
+
+
+PROTOCOL = Protocol(
+    name="teacher-forced",
+    measure=measure,
+    score_names={kind: kind for kind in ("reliability", "generalization", "locality")},
+    meanings={
+        "reliability": "target tokens right after a prompt, the true ones given",
+        "generalization": "target tokens right after a rephrase, the true ones given",
+        "locality": "tokens of the unedited model's answer that are still the likeliest",
+    },
+    match="share of tokens, teacher-forced",
+    is_share=False,
+    needs_logits=True,
+)
