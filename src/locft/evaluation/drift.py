@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from locft.errors import EvaluationError, InputError
 from locft.evaluation.metrics import mean_per_token
+from locft.model.paging import give_back_freed
 from locft.progress import progress
 from locft.types import Figure
 
@@ -129,6 +130,7 @@ def measure_drift(
     encoded = cut_windows(tokenizer, text, max_context_tokens)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][1]))
     sums = [0.0] * len(encoded)
+    give_back_freed()
     with progress("measuring drift", len(order), "passages") as step:
         while order:
             longest = len(encoded[order[-1]][1])
@@ -141,6 +143,7 @@ def measure_drift(
                 for row, index in enumerate(taken):
                     num = len(rows[row]) - 1
                     sums[index] = _kl_sum(before[row, :num], after[row, :num])
+            del before, after  # before the next ones are there
             step(len(taken))
     counts = [len(ids) - 1 for _, ids in encoded]
     kinds: dict[str, list[int]] = {}

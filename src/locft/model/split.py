@@ -28,7 +28,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from locft.errors import ModelError, first_line
 from locft.model.attention import attention_configs, longest_unwindowed, packed_attention
 from locft.model.packing import Packed, merge_prefixes, round_up
-from locft.model.paging import page_out
 from locft.model.products import bfloat16_products, replace_forward
 from locft.model.structure import Layers, find_layers, find_pointwise
 
@@ -212,15 +211,13 @@ def split_model(model: PreTrainedModel, layer: int) -> Split:
             head, right padding changes the logits, or the tail does not equal the full forward.
     """
     try:
-        split = _split_and_probe(model, layer)
+        return _split_and_probe(model, layer)
     except ModelError:
         raise
     except Exception as error:  # whatever a model does that is built in another way
         raise ModelError(
             f"{type(model).__name__} is refused: it cannot be split: {first_line(error)}"
         ) from error
-    page_out(model.parameters())  # the probe has read them all
-    return split
 
 
 def _split_and_probe(model: PreTrainedModel, layer: int) -> Split:

@@ -19,6 +19,7 @@ from locft.evaluation.subject import Reader, Subject, drift_of_values, load_subj
 from locft.model.load import context_tokens, dtype_name
 from locft.model.location import Location, parse_location, resolve_location
 from locft.model.matching import map_parameters
+from locft.model.paging import give_back_freed
 from locft.model.split import split_model
 from locft.model.weights import swapped_in
 from locft.patch.format import PATCH_FOLDER, read_patch
@@ -145,6 +146,7 @@ def _edit(
         patch, changes = make_patch(weights, trained.matrices, manifest)
         save_trained(staging, patch, gathered.edits, config)
     del subject, network, split, cache  # a large model fits into memory once
+    give_back_freed()
 
     # 4. A fresh model with the patch as it stands on disk, scored.
     say("loading the model afresh and applying the patch")

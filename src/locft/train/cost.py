@@ -19,7 +19,7 @@ _FLOAT_BYTES = 4
 # Numbers that a layer reads and writes for a token beside its products, in widths of the residual
 # stream (two norms of a dozen passes each, rotary embedding, heads laid out for attention and back,
 # residual sums) and of its MLP (activation and gate).
-_WIDTH_PASSES = 80
+_WIDTH_PASSES = 100
 _INNER_PASSES = 6
 # Operations of a layer's forward, each of which costs its call whatever its size.
 _LAYER_OPS = 60
@@ -29,7 +29,7 @@ _BACKWARD_PER_FORWARD = 2
 _LOSS_PASSES = 8
 _DIVERGENCE_PASSES = 14
 # Passes over copies of weights in the dtype of the products: rounded, turned, laid out for a processor.
-_COPY_PASSES = 8
+_COPY_PASSES = 16
 # Passes over the tuned parameters: gradient checked and converted, Adam's four tensors read and three
 # written, the result checked and copied.
 _UPDATE_PASSES = 14
@@ -43,6 +43,8 @@ _START_S = 1.5
 _UNENDED_SHARES = ((0, 1.0), (4, 0.44), (12, 0.2), (32, 0.04))
 # Python, torch, transformers and a tokenizer in memory, without any model.
 _RUNTIME_BYTES = 450_000_000
+# Memory that was freed but lies between what is in use, once prompts of all lengths were answered.
+_HOLES_BYTES = 200_000_000
 # What a layer keeps for its backward pass, in widths of the residual stream and of its MLP.
 _KEPT_WIDTHS = 14
 _KEPT_INNERS = 4
@@ -358,6 +360,7 @@ def predict_phases(
         The phases in order; loading comes first, and counts both times.
     """
     runtime = _RUNTIME_BYTES if on_cpu else 0
+    holes = _HOLES_BYTES if on_cpu else 0
     resident = runtime + model.num_bytes
     cache_bytes = work.cache_tokens * model.width * model.number_bytes
     # The tuned matrix in the checkpoint's dtype, from training on.
@@ -409,7 +412,7 @@ def predict_phases(
             name="answer after",
             seconds=sum(_full_s(model, batch, running) for batch in work.guesses)
             + _decode_s(model, work, running, share=work.scored_share),
-            peak_memory_bytes=resident + patch + answers_held,
+            peak_memory_bytes=resident + holes + patch + answers_held,
         ),
         Phase(
             name="drift",
@@ -418,7 +421,7 @@ def predict_phases(
                 + _DIVERGENCE_PASSES * _logits_bytes(model, batch.asked) / running.fresh_bytes_per_s
                 for batch in work.drift
             ),
-            peak_memory_bytes=resident + patch + drift_held,
+            peak_memory_bytes=resident + holes + patch + drift_held,
         ),
     )
 

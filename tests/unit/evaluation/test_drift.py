@@ -1,5 +1,6 @@
 import hashlib
 import json
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.errors import InputError, LocftError
+from locft.evaluation import drift as drift_module
 from locft.evaluation.drift import (
     Drift,
     Forward,
@@ -275,3 +277,31 @@ def test_one_passage_has_no_interval(tokenizer: PreTrainedTokenizerBase) -> None
     assert drift.overall.value is not None
     assert (drift.overall.low, drift.overall.high) == (None, None)
     assert drift.overall.reason
+
+
+def test_the_logits_of_one_pass_are_gone_before_those_of_the_next_are_there(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift_module, "TOKENS_PER_PASS", 1)
+    before, after = (forward_of(model) for model in two_models())
+    given: list[weakref.ref[Tensor]] = []
+
+    def watched(ids: Tensor) -> Tensor:
+        assert all(logits() is None for logits in given)
+        logits = before(ids)
+        given.append(weakref.ref(logits))
+        return logits
+
+    measured(watched, after, tokenizer, *PASSAGES)
+    assert len(given) == 4
+
+
+def test_long_passages_are_compared_piece_by_piece_with_the_same_result(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    whole = measured(before, after, tokenizer, *PASSAGES)
+    monkeypatch.setattr(drift_module, "_POSITIONS_AT_ONCE", 3)
+    pieces = measured(before, after, tokenizer, *PASSAGES)
+    assert pieces.overall.value == pytest.approx(whole.overall.value, rel=1e-5)
+    assert pieces.num_tokens == whole.num_tokens

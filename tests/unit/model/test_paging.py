@@ -1,3 +1,4 @@
+import platform
 import sys
 from pathlib import Path
 
@@ -5,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from locft.model.paging import page_out
+from locft.model.paging import give_back_freed, page_out
 
 NUM_BYTES = 64 * 2**20
 
 
-def resident_file_bytes() -> int:
+def resident_bytes(kind: str) -> int:
     status = Path("/proc/self/status").read_text()
-    [line] = [line for line in status.splitlines() if line.startswith("RssFile:")]
+    [line] = [line for line in status.splitlines() if line.startswith(f"{kind}:")]
     return int(line.split()[1]) * 1024
 
 
@@ -23,9 +24,9 @@ def test_mapped_tensors_leave_memory_and_keep_their_values(tmp_path: Path) -> No
     tensors = load_file(tmp_path / "x.safetensors")
     assert torch.equal(tensors["a"], values)
     assert torch.equal(tensors["b"], values.flip(0))
-    before = resident_file_bytes()
+    before = resident_bytes("RssFile")
     page_out([tensors["a"]])
-    assert before - resident_file_bytes() > 0.9 * NUM_BYTES
+    assert before - resident_bytes("RssFile") > 0.9 * NUM_BYTES
     assert torch.equal(tensors["a"], values)
     assert torch.equal(tensors["b"], values.flip(0))
 
@@ -50,3 +51,14 @@ def test_a_system_without_such_a_call_is_left_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "platform", "darwin")
     page_out([own])
     assert torch.equal(own, torch.arange(100_000))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators give back by themselves")
+def test_memory_that_was_freed_under_what_is_in_use_is_given_back() -> None:
+    pieces = [torch.ones(16_000) for _ in range(NUM_BYTES // 64_000)]  # small enough for the heap
+    last = torch.ones(16_000)
+    before = resident_bytes("RssAnon")
+    del pieces
+    give_back_freed()
+    assert before - resident_bytes("RssAnon") > 0.7 * NUM_BYTES
+    assert last.sum() == 16_000
