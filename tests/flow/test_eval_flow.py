@@ -98,7 +98,7 @@ def test_learnt_edits_score_by_every_protocol(report: EvalReport) -> None:
         assert scores.before is not None
         assert scores.before["reliability"].value != 1.0
         assert scores.change is not None
-        assert (scores.change["reliability"].low or 0) > 0
+        assert (scores.change["reliability"].value or 0) > 0
         assert {figure.num for figure in scores.after.values()} <= {2, 3}
     assert report.protocols["likelihood"].after["efficacy"].value == 1.0
     assert [scores.protocol.max_new_tokens for scores in report.protocols.values()] == [
@@ -195,12 +195,22 @@ def test_eval_shows_protocols_contexts_failures_and_writes_a_folder(
     assert "exists and is not empty" in capsys.readouterr().err
 
 
-def test_a_score_of_a_protocol_that_was_not_measured_fails_its_gate(
-    model_folder: Path, edits: Path, text: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gate", "wild.reliability>=0"], "gate on wild.reliability: protocol locft does not"),
+        (["--protocols", "likelihood", "--gate", "reliability>=0"], "gate on reliability"),
+        (["--gate", "reliability>=95"], "is a share, from 0 to 1"),
+        (["--strict"], "--max-capability-drop"),
+        (["--max-capability-drop", "1"], "--capability"),
+        (["--capability", "piqa", "--max-capability-drop", "1"], "--patch"),
+    ],
+)
+def test_what_can_never_be_decided_is_refused_before_anything_is_loaded(
+    more: list[str], message: str, edits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["eval", str(model_folder), str(edits), "--drift-text", text]
-    assert main([*words, "--gate", "wild.reliability>=0"]) == 1
-    assert "wild.reliability was not measured" in capsys.readouterr().err
+    assert main(["eval", "no/such/model", str(edits), *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_endpoint_answers_in_place_of_a_model(

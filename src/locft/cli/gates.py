@@ -52,4 +52,7 @@ def parse_gate(text: str) -> Gate:
             f"gate {text!r} cannot be read: expected SCORE>=X or SCORE<=X with SCORE one of "
             f"{', '.join(_NAMES)}"
         )
-    return Gate(match[1], match[2], float(match[3]))
+    bound = float(match[3])
+    if bound > 1 and match[1] != "drift":
+        raise ConfigError(f"gate {text!r} can never matter: {match[1]} is a share, from 0 to 1")
+    return Gate(match[1], match[2], bound)

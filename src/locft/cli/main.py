@@ -13,9 +13,9 @@ from locft.cli.gates import Gate, parse_gate
 from locft.cli.parser import parse_words
 from locft.cli.say import print_json, print_lines, say
 from locft.config import RunConfig, read_config, with_settings
-from locft.errors import InputError, LocftError, first_line, printable
+from locft.errors import ConfigError, InputError, LocftError, first_line, printable
 from locft.publish import refuse_taken
-from locft.report.words import change_text
+from locft.report.words import PROTOCOL_SCORES, change_text
 from locft.types import Edit, Figure
 
 # Recipes are imported where they are called: torch takes seconds to load, and --help, lint and apply
@@ -77,6 +77,7 @@ def _edit(words: argparse.Namespace) -> int:
     else:
         edits = words.edits
     config = _config(words)
+    _refuse_unmeasured(gates, ["locft"])
     _quiet_libraries()
     if words.plan:
         return _plan(words, edits, config)
@@ -138,12 +139,15 @@ def _eval(words: argparse.Namespace) -> int:
         capability_data=None if words.capability_data is None else Path(words.capability_data),
         capability_limit=words.capability_limit,
     )
+    _refuse_unmeasured(gates, measures.protocols)
     bound = words.max_capability_drop
     if bound is not None and not (measures.capability and (words.patch or words.base)):
         raise InputError(
             "--max-capability-drop compares two models on tasks: name tasks with --capability, and the "
             "edit with --patch or the unedited model with --base"
         )
+    if words.strict and bound is None:
+        raise InputError("--strict says what --max-capability-drop POINTS fails: give it, too")
     if words.output is not None:
         refuse_taken(Path(words.output))
     report, records = evaluate(
@@ -169,6 +173,18 @@ def _eval(words: argparse.Namespace) -> int:
     if bound is not None and report.capability is not None and report.capability.change is not None:
         status = status or _pass_drop(report.capability.change, bound, strict=words.strict)
     return status
+
+
+def _refuse_unmeasured(gates: Sequence[Gate], protocols: Sequence[str]) -> None:
+    """Refuse gates on scores that no protocol will measure, before anything is loaded."""
+    own = PROTOCOL_SCORES.get(protocols[0], ()) if protocols else ()
+    named = (f"{name}.{score}" for name in protocols for score in PROTOCOL_SCORES.get(name, ()))
+    known = {*own, *named, "drift"}
+    for gate in gates:
+        if gate.score not in known:
+            raise ConfigError(
+                f"gate on {gate.score}: protocol {', '.join(protocols)} does not measure it"
+            )
 
 
 def _pass_drop(change: Figure, bound: float, *, strict: bool) -> int:

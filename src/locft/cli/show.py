@@ -114,20 +114,7 @@ def show_evaluation(
         if record.after is not None and (record.cause is not None or show == "all") and show != "none"
     ]
     if shown:
-        table = make_table(
-            f"{counted(len(shown), 'answer')}, {'failures only' if show == 'failures' else 'all'}",
-            *("context", "kind", "prompt", "expected", "before", "after", "cause"),
-        )
-        for record in shown:
-            texts = (record.expected, record.before, record.after)
-            answers = ("-" if text is None else text or "(blank)" for text in texts)
-            where = (
-                record.context if record.protocol == "locft" else f"{record.protocol}, {record.context}"
-            )
-            table.add_row(
-                where, record.kind, plain(record.prompt), *map(plain, answers), record.cause or ""
-            )
-        console.print(table)
+        _show_records(console, shown, "failures only" if show == "failures" else "all")
     drift = report.drift
     for number, (name, scores) in enumerate(report.protocols.items()):
         before, after, meanings = scores.before, scores.after, scores.protocol.meanings
@@ -148,10 +135,29 @@ def show_evaluation(
                 f"{counted(report.judge.num_without_verdict, 'answer')} without a verdict"
             )
         )
+    main = next(iter(report.protocols.values())).protocol
     for kind, causes in report.causes.items():
         total = sum(causes.values())
         parts = ", ".join(f"{num:,} {cause}" for cause, num in sorted(causes.items(), key=_most_first))
-        console.print(Text(f"{kind}: {counted(total, 'failure')}: {parts}"))
+        where = f"{main.name}, {main.context}"
+        console.print(Text(f"{kind}, by {where}: {counted(total, 'failure')}: {parts}"))
+
+
+def _show_records(console: Console, records: Sequence["AnswerRecord"], which: str) -> None:
+    """Show answers, one row for those that protocols share."""
+    protocols: dict[tuple[str | None, ...], list[str]] = {}
+    for record in records:
+        texts = (record.prompt, record.expected, record.before, record.after)
+        key = (record.context, record.kind, *texts, record.cause or "")
+        protocols.setdefault(key, []).append(record.protocol)
+    table = make_table(
+        f"{counted(len(protocols), 'answer')}, {which}",
+        *("protocol", "context", "kind", "prompt", "expected", "before", "after", "cause"),
+    )
+    for row, names in protocols.items():
+        cells = ("-" if text is None else text or "(blank)" for text in row[:-1])
+        table.add_row(", ".join(dict.fromkeys(names)), *map(plain, cells), row[-1] or "")
+    console.print(table)
 
 
 def _most_first(cause: tuple[str, int]) -> tuple[int, str]:
@@ -282,7 +288,7 @@ def show_growth(console: Console, growth: "Growth") -> None:
         for use in growth.memory:
             sizes = use.loaded_bytes, use.encoded_bytes, use.cache_peak_bytes, use.train_peak_bytes
             texts = ("-" if size is None else bytes_text(size) for size in sizes)
-            steps = f"{use.steps:,} of {use.steps_per_epoch:,}"
+            steps = f"{use.steps:,} ({use.steps_per_epoch:,} an epoch)"
             table.add_row(f"{use.num_edits:,}", f"{use.synthetic:,}", *texts, steps)
         console.print(table)
     if growth.depth:

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.errors import ConfigError, EvaluationError, InputError, MissingExtraError, brief, first_line
-from locft.evaluation.metrics import mean, paired_difference, share
+from locft.evaluation.metrics import mean, paired_difference, share, unanimous_interval
 from locft.openfile import read_limited
 from locft.progress import Step, progress
 from locft.strictjson import parse_json
@@ -306,7 +306,7 @@ def compare_capability(
         tasks=scores,
         before=None if before is None else _mean_over_tasks([r.values for r in before.values()]),
         after=_mean_over_tasks([result.values for result in after.values()]),
-        change=None if before is None else _mean_over_tasks(changes),
+        change=None if before is None else _mean_over_tasks(changes, least=-1.0),
         lm_eval=metadata.version("lm_eval"),
         limit=tasks.limit,
         data=tasks.data,
@@ -514,11 +514,17 @@ def _read_choices(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     gold = record.get("gold")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise _wrong(record, "gold", where, f"the index of the right choice, 0 to {len(choices) - 1}")
-    return {"query": _read_text(record, "query", where), "choices": choices, "gold": gold}
+    query = _read_text(record, "query", where)
+    if query.rstrip().endswith("Answer:"):
+        raise _wrong(record, "query", where, "a text without 'Answer:', which is added where it belongs")
+    return {"query": query, "choices": choices, "gold": gold}
 
 
 def _read_continuation(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {name: _read_text(record, name, where) for name in ("context", "continuation")}
+    found = {name: _read_text(record, name, where) for name in ("context", "continuation")}
+    if found["continuation"][0].isspace():
+        raise _wrong(record, "continuation", where, "a text without the space before it, which is added")
+    return found
 
 
 def _read_text(record: Mapping[str, Any], name: str, where: str) -> str:
@@ -602,17 +608,26 @@ def _score(values: Sequence[float]) -> Figure:
     return mean(values)
 
 
-def _mean_over_tasks(tasks: Sequence[Sequence[float]]) -> Figure:
-    """Give the mean of the tasks' means, with the interval of the tasks' items being resampled."""
+def _mean_over_tasks(tasks: Sequence[Sequence[float]], *, least: float = 0.0) -> Figure:
+    """Give the mean of the tasks' means, with the interval of the tasks' items being resampled.
+
+    A task whose items all have the same value adds what `unanimous_interval` says of it.
+    """
     random_numbers = np.random.default_rng(0)
     means = np.zeros(_RESAMPLES)
+    below = above = 0.0
     for values in tasks:
+        if min(values) == max(values):
+            ends = unanimous_interval(values[0], len(values), least, 1.0)
+            below += (values[0] - ends[0]) / len(tasks)
+            above += (ends[1] - values[0]) / len(tasks)
         distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
         drawn = random_numbers.multinomial(len(values), counts / len(values), size=_RESAMPLES)
         means += drawn @ distinct / len(values) / len(tasks)
     low, high = np.quantile(means, [0.025, 0.975])
     value = sum(sum(values) / len(values) for values in tasks) / len(tasks)
-    return Figure(value=value, num=sum(map(len, tasks)), low=float(low), high=float(high))
+    low, high = float(low) - below, float(high) + above
+    return Figure(value=value, num=sum(map(len, tasks)), low=low, high=high)
 
 
 @contextmanager

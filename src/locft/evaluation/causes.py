@@ -5,11 +5,12 @@ from typing import Literal
 
 from locft.data.normalise import cut_answer, normalise
 
-Cause = Literal["empty", "rambling", "near miss", "right elsewhere", "wrong fact"]
+Cause = Literal["empty", "rambling", "contained", "near miss", "right elsewhere", "wrong fact"]
 
 CAUSES: dict[Cause, str] = {
     "empty": "nothing is left of the answer once it is normalised",
     "rambling": "the answer begins right and then goes on",
+    "contained": "the answer holds what was expected, among other words",
     "near miss": "the answer is spelt almost so, or is a part of what was expected",
     "right elsewhere": "the answer is wrong here, and right in another context that was measured",
     "wrong fact": "the answer says something else",
@@ -35,6 +36,8 @@ def find_cause(answer: str, expected: str, *, is_right_elsewhere: bool = False) 
     if words and wanted_words:
         if words[: len(wanted_words)] == wanted_words:
             return "rambling"
+        if f" {wanted} " in f" {got} ":
+            return "contained"
         is_part = set(words) <= set(wanted_words)
         if is_part or difflib.SequenceMatcher(None, got, wanted, autojunk=False).ratio() >= _ALMOST:
             return "near miss"

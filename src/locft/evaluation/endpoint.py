@@ -165,7 +165,7 @@ def complete_prompts(
             _ask_all(endpoint, pending, answers, cache, step)
         except _ExhaustedError as error:
             kept = "no answer is kept"
-            if cache is not None:
+            if cache is not None and answers:
                 kept = (
                     f"{len(answers):,} of {len(requests):,} answers are kept in {cache.path}, and"
                     " running again goes on from there"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from locft.data.contexts import Context
 from locft.evaluation.causes import find_cause
+from locft.evaluation.metrics import is_match
 from locft.evaluation.protocols import Measurable, Protocol
 from locft.evaluation.scoring import (
     AnswerRecord,
@@ -98,6 +99,8 @@ def record_answers(
 
 def _with_cause(record: AnswerRecord, right: set[tuple[str, str, Kind, str]]) -> AnswerRecord:
     if record.score_after != 0 or record.after is None or record.expected is None:
+        return record
+    if is_match(record.after, record.expected):  # a judge denied it
         return record
     is_right_elsewhere = (record.protocol, record.edit, record.kind, record.prompt) in right
     cause = find_cause(record.after, record.expected, is_right_elsewhere=is_right_elsewhere)

@@ -66,21 +66,50 @@ def mean_per_token(sums: Sequence[float], num_tokens: Sequence[int]) -> Figure:
     return Figure(value=value, num=len(totals), low=float(low), high=float(high))
 
 
-def mean(values: Sequence[float]) -> Figure:
+def mean(values: Sequence[float], *, least: float = 0.0, most: float = 1.0) -> Figure:
     """Give a mean over items with its bootstrap interval (2,000 resamples, percentiles, fixed seed).
+
+    Where all values are equal there is nothing to resample, which does not make them certain: the
+    interval is then that of `unanimous_interval`.
 
     Source: Efron (1979), Bootstrap methods: another look at the jackknife.
 
     Args:
         values: One value for each item.
+        least: The least that a value can be.
+        most: The most.
 
     Returns:
         The mean; without a value where there are no items.
     """
     if not values:
         return _NONE
-    low, high = _bootstrap_interval(np.asarray(values, dtype=float))
+    if min(values) == max(values):
+        low, high = unanimous_interval(values[0], len(values), least, most)
+    else:
+        low, high = _bootstrap_interval(np.asarray(values, dtype=float))
     return Figure(value=float(np.mean(values)), num=len(values), low=low, high=high)
+
+
+def unanimous_interval(value: float, num: int, least: float, most: float) -> tuple[float, float]:
+    """Give a 95% interval for the mean of items that all had the same value.
+
+    Another value that is rarer than p may well not have been seen in n items, where (1 - p)^n = 0.025;
+    at worst it is the least or the most that there is.
+
+    Source: Clopper and Pearson (1934), at no failure.
+
+    Args:
+        value: What all items had.
+        num: How many there were.
+        least: The least that a value can be.
+        most: The most.
+
+    Returns:
+        The interval's ends.
+    """
+    unseen = 1 - 0.025 ** (1 / num)
+    return value - unseen * (value - least), value + unseen * (most - value)
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure:
@@ -95,7 +124,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure
     Returns:
         The mean of `after` less `before`; without a value where there are no items.
     """
-    return mean([late - early for early, late in zip(before, after, strict=True)])
+    return mean([late - early for early, late in zip(before, after, strict=True)], least=-1.0)
 
 
 def _bootstrap_interval(values: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[float, float]:

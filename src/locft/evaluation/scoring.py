@@ -1,6 +1,6 @@
 """The items that are scored, what two models make of them, and the figures that follow."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ Kind = Literal["reliability", "generalization", "locality"]
 KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality")
 
 _BY_DEFINITION = "by definition: the unedited model is compared with itself"
+_UNSCORED = Figure(value=None, num=0, reason="none of the items could be scored")
 _NO_BASE = Figure(value=None, num=0, reason="no unedited model to compare with: name one with --base")
 
 
@@ -44,10 +45,12 @@ class Result:
     Attributes:
         score: From 0 to 1; None if there is nothing to measure it by.
         answer: What it answered, where it was asked.
+        details: What the score was made of, by name, where that is more than the answer.
     """
 
     score: float | None
     answer: str | None = None
+    details: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class AnswerRecord:
         after: The scored model's answer; None if nobody was asked.
         score_before: The unedited model's score, from 0 to 1; None if it has none.
         score_after: The scored model's score.
+        details_before: What the unedited model's score was made of, where that is more than the answer.
+        details_after: The same of the scored model.
         cause: Why an answer after the edit is not what was expected; None if it is.
     """
 
@@ -78,6 +83,8 @@ class AnswerRecord:
     after: str | None
     score_before: float | None
     score_after: float | None
+    details_before: Mapping[str, float] | None = None
+    details_after: Mapping[str, float] | None = None
     cause: Cause | None = None
 
 
@@ -187,6 +194,8 @@ def join_results(
             after=late.answer,
             score_before=early.score,
             score_after=late.score,
+            details_before=early.details,
+            details_after=late.details,
         )
         for item, early, late in zip(items, before or [nothing] * len(after), after, strict=True)
     ]
@@ -207,16 +216,21 @@ def compare(
         Both models' figures and the paired change. Items without a score do not count.
     """
     of_kind = [record for record in records if record.kind == kind]
-    scored = [
-        (record.score_before, record.score_after) for record in of_kind if record.score_after is not None
-    ]
-    if of_kind and not scored:
+    if of_kind and is_own_standard and all(record.expected is None for record in of_kind):
         return Compared(before=None, after=_NO_BASE, change=None)
-    after = [late for _, late in scored]
-    before = [early for early, _ in scored if early is not None]
+    after = [record.score_after for record in of_kind if record.score_after is not None]
+    pairs = [
+        (record.score_before, record.score_after)
+        for record in of_kind
+        if record.score_before is not None and record.score_after is not None
+    ]
+    if of_kind and not after:
+        return Compared(before=None, after=_UNSCORED, change=None)
+    if of_kind and not pairs:  # there is no unedited model
+        return Compared(before=None, after=_figure(after, is_share=is_share), change=None)
+    # Both on the same items.
+    before, after = [early for early, _ in pairs], [late for _, late in pairs]
     of_after = _figure(after, is_share=is_share)
-    if len(before) < len(after):  # there is no unedited model
-        return Compared(before=None, after=of_after, change=None)
     of_before = _figure(before, is_share=is_share)
     if is_own_standard and of_before.value is not None:
         value = of_before.value

@@ -286,7 +286,7 @@ def test_the_command_shows_tables(
     assert main(["bench", "growth", str(model_folder), str(edits_file), *WORDS]) == 0
     shown = capsys.readouterr().out
     assert "time at 1.mlp.down" in shown
-    assert "2 of 1" in shown  # steps: memory is measured in two epochs of one step
+    assert "2 (1 an epoch)" in shown  # steps
     assert "2.mlp.down" in shown
     none = ("--memory-sizes", "", "--locations", "", "--sizes", "2")
     assert main(["bench", "growth", str(model_folder), str(edits_file), *WORDS, *none]) == 0

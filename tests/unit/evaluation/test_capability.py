@@ -602,7 +602,17 @@ def test_scores_between_0_and_1_have_the_interval_of_a_mean() -> None:
     values = (0.25, 0.5, 1.0, 0.0)
     [scores] = compared([result_of(*values)], [result_of(*values)]).tasks.values()
     assert scores.after == mean(values)
-    assert scores.change == Figure(value=0.0, num=4, low=0.0, high=0.0)
+    assert scores.change == paired_difference(values, values)
+
+
+def test_few_items_on_which_nothing_changed_do_not_exclude_a_drop() -> None:
+    few = [result_of(0, 0), result_of(1, 0, 0, name="copa")]
+    change = compared(few, few).change
+    assert change is not None
+    assert change.value == 0
+    assert drop_verdict(change, 1.0) == "cannot be excluded"
+    many = [result_of(*[0.0] * 2000), result_of(*[1.0] * 2000, name="copa")]
+    assert drop_verdict(compared(many, many).change, 1.0) == "excluded"
 
 
 def test_each_task_weighs_the_same_however_many_items_it_has() -> None:

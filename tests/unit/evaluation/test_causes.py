@@ -19,7 +19,9 @@ from locft.evaluation.metrics import is_match
         ("Gustave Eifel", "Gustave Eiffel", "near miss"),
         ("1899", "1898", "wrong fact"),
         ("London", "Paris", "wrong fact"),
-        ("It is Paris", "Paris", "wrong fact"),  # the target is not what it begins with
+        ("It is Paris", "Paris", "contained"),
+        ("the great Eiffel Tower of Paris", "Eiffel Tower", "contained"),
+        ("the tower of Eiffel fame", "Eiffel Tower", "wrong fact"),
         ("Parisian", "Paris", "wrong fact"),
         ("Lima", "", "wrong fact"),  # a locality prompt that was answered with nothing
     ],

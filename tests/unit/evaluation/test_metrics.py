@@ -179,9 +179,9 @@ def test_an_interval_does_not_depend_on_the_order_of_the_items(
     values: list[float], random: Random
 ) -> None:
     shuffled = random.sample(values, len(values))
-    assert bounds(mean(shuffled)) == pytest.approx(bounds(mean(values)))
-    low, value, high = bounds(mean(values))
-    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert bounds(mean(shuffled, least=-1)) == pytest.approx(bounds(mean(values, least=-1)))
+    low, value, high = bounds(mean(values, least=-1))
+    assert -1 - 1e-9 <= low <= high <= 1 + 1e-9
     assert min(values) - 1e-9 <= value <= max(values) + 1e-9
 
 
@@ -208,8 +208,27 @@ def test_a_paired_difference_is_surer_than_two_intervals() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_a_model_does_not_differ_from_itself(values: list[float]) -> None:
-    assert bounds(paired_difference(values, values)) == (0, 0, 0)
+def test_equal_scores_do_not_prove_that_models_are_equal(values: list[float]) -> None:
+    low, value, high = bounds(paired_difference(values, values))
+    assert value == 0
+    assert low == pytest.approx(-high)
+    assert (1 - high) ** len(values) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(
+    ("value", "num", "low", "high"),
+    [
+        (1.0, 20, 1 - 0.16843, 1.0),  # Clopper and Pearson's interval of 20 in 20
+        (0.0, 20, 0.0, 0.16843),
+        (0.5, 20, 0.5 - 0.16843 / 2, 0.5 + 0.16843 / 2),
+        (1.0, 1000, 1 - 0.0036821, 1.0),
+        (0.25, 1, 0.25 * 0.025, 0.25 + 0.75 * 0.975),
+    ],
+)
+def test_items_that_agree_leave_room_for_what_was_not_seen(
+    value: float, num: int, low: float, high: float
+) -> None:
+    assert bounds(mean([value] * num)) == pytest.approx((low, value, high), abs=1e-5)
 
 
 def test_differences_are_of_the_same_items_only() -> None:

@@ -158,7 +158,7 @@ def test_a_judge_decides_where_there_is_a_target_and_matches_decide_on_locality(
         return {triple: says.get(triple[2], False) for triple in triples}
 
     scores = scores_of(wild.judged_by(judge), Model(UNEDITED), Model(EDITED))
-    assert scores.after["reliability"] == share(0, 2)  # no verdict is no success
+    assert scores.after["reliability"] == share(0, 1)  # what has no verdict is left out
     assert scores.after["generalization"] == share(1, 2)
     assert scores.after["locality"] == share(1, 2)
     assert ("Australia's capital:", "Sydney", "Sydney Harbour") in seen
@@ -291,3 +291,30 @@ def test_a_prompt_that_is_right_in_another_context_says_so() -> None:
     assert [record.cause for record in records[raw]] == [None, "right elsewhere"]
     assert [record.cause for record in records[qa]] == ["right elsewhere", None]
     assert [record.context for record in records[qa]] == ["qa", "qa"]
+
+
+def test_without_any_verdict_nothing_is_measured_and_nothing_has_a_cause() -> None:
+    nobody = wild.judged_by(lambda triples: dict.fromkeys(triples))
+    scores = scores_of(nobody, Model(UNEDITED), Model(EDITED))
+    figure = scores.after["reliability"]
+    assert (figure.value, figure.reason) == (None, "none of the items could be scored")
+    records = records_of(nobody, Model(UNEDITED), Model(EDITED))
+    assert all(record.cause is None for record in records if record.kind != "locality")
+
+
+def test_a_match_that_a_judge_denies_has_no_cause() -> None:
+    denied = wild.judged_by(lambda triples: dict.fromkeys(triples, False))
+    records = records_of(denied, Model(UNEDITED), Model(EDITED))
+    causes = {record.prompt: record.cause for record in records}
+    assert causes["The capital of Australia is"] is None
+    assert causes["Australia's capital:"] == "rambling"
+
+
+def test_what_scores_without_answers_are_made_of_is_recorded() -> None:
+    texts = {("p", "new"): text(4, 3, 6.0), ("p", "old"): text(2, 0, 5.0)}
+    edits = [Edit(id="1", prompt="p", target="new", old="old")]
+    [record] = records_of(LIKELIHOOD, None, Model({}, texts), edits)
+    assert record.details_after == {"nll_target": 1.5, "nll_old": 2.5}
+    [record] = records_of(FORCED, None, Model({}, texts), edits)
+    assert record.details_after == {"num_tokens": 4, "num_right": 3}
+    assert record.details_before is None

@@ -25,8 +25,9 @@ def measure(model: Measurable, items: Sequence[Item]) -> list[Result]:
         old = found[item.prompt, item.old or ""].mean_nll
         if new is None or old is None:
             results.append(Result(score=None))
-        else:
-            results.append(Result(score=float(old < new if item.kind == "locality" else new < old)))
+            continue
+        is_likelier = old < new if item.kind == "locality" else new < old
+        results.append(Result(score=float(is_likelier), details={"nll_target": new, "nll_old": old}))
     return results
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from locft.evaluation.likelihood import Continuation
 from locft.evaluation.protocols import locft
 from locft.evaluation.protocols.base import Measurable, Protocol
 from locft.evaluation.scoring import Item, Result
@@ -25,9 +26,15 @@ def measure(model: Measurable, items: Sequence[Item]) -> list[Result]:
     return [
         Result(score=None, answer=answers[item.prompt])
         if item.expected is None
-        else Result(score=found[item.prompt, item.expected].share_right)
+        else _result(found[item.prompt, item.expected])
         for item in items
     ]
+
+
+def _result(text: Continuation) -> Result:
+    return Result(
+        score=text.share_right, details={"num_tokens": text.num_tokens, "num_right": text.num_right}
+    )
 
 
 PROTOCOL = Protocol(

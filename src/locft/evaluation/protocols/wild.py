@@ -38,8 +38,8 @@ def judged_by(judge: Judge) -> Protocol:
     def measure_judged(model: Measurable, items: Sequence[Item]) -> list[Result]:
         """Judge by another model whether greedy answers of at most 50 new tokens say the target.
 
-        An answer without a verdict does not count as right. Locality has no target to be judged by,
-        and is compared as in ``locft``.
+        An answer without a verdict is left out. Locality has no target to be judged by, and is
+        compared as in ``locft``.
 
         Source: Yang et al., The Mirage of Model Editing (arXiv 2502.11177): a model as the judge.
         """
@@ -52,11 +52,15 @@ def judged_by(judge: Judge) -> Protocol:
             [triple for item, triple in zip(items, triples, strict=True) if item.kind != "locality"]
         )
         return [
-            result if item.kind == "locality" else replace(result, score=float(verdicts[triple] is True))
+            result if item.kind == "locality" else replace(result, score=_score_of(verdicts[triple]))
             for item, triple, result in zip(items, triples, results, strict=True)
         ]
 
     return replace(PROTOCOL, measure=measure_judged, match="a judge's verdict")
+
+
+def _score_of(verdict: bool | None) -> float | None:
+    return None if verdict is None else float(verdict)
 
 
 PROTOCOL = replace(locft.PROTOCOL, name="wild", measure=measure, max_new_tokens=MAX_NEW_TOKENS)
