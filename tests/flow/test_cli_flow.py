@@ -119,14 +119,14 @@ def test_a_gate_that_fails_exits_with_1_and_keeps_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["edit", str(model_folder), edits, "-o", str(tmp_path / "run"), *LEARN, *text, "--json"]
-    gates = ["--gate", "reliability>=1", "--gate", "drift<=0", "--gate", "locality<=0"]
+    gates = ["--gate", "reliability>=1", "--gate", "drift<=0", "--gate", "locality>=1"]
     assert main([*words, *gates]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["scores"]["reliability"]["value"] == 1.0
     said = [line for line in captured.err.splitlines() if "gate" in line]
     assert len(said) == 2
     assert said[0].startswith("locft: gate drift<=0 failed: drift is ")
-    assert said[1].startswith("locft: gate locality<=0 failed: locality is ")
+    assert said[1].startswith("locft: gate locality>=1 failed: locality is ")
     assert (tmp_path / "run" / "report.json").is_file()
 
 
