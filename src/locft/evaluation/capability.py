@@ -522,7 +522,7 @@ def _read_choices(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _read_continuation(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = {name: _read_text(record, name, where) for name in ("context", "continuation")}
-    if found["continuation"][0].isspace():
+    if found["continuation"].startswith(" "):
         raise _wrong(record, "continuation", where, "a text without the space before it, which is added")
     return found
 

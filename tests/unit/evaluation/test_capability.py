@@ -343,6 +343,7 @@ def choice_record(**change: object) -> dict[str, object]:
         ({"query": "Who?", "choices": ["a", "b"]}, "`gold` is missing, expected the index"),
         ({"choices": ["a", "b"], "gold": 0}, "`query` is missing, expected a text"),
         (choice_record(query="\n "), "`query` is '\\n ', expected a text that is not empty"),
+        (choice_record(query="Who?\nAnswer: "), "without 'Answer:', which is added where it belongs"),
         ('{"query": "\\ud800", "choices": ["a", "b"], "gold": 0}', "`query` holds half of a character"),
     ],
 )
@@ -355,6 +356,16 @@ def test_a_bad_record_is_refused_with_its_place(record: object, said: str, tmp_p
     assert str(caught.value).startswith(f"capability data {file}: line 2: ")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_space_before_a_continuation_is_not_put_twice(tmp_path: Path) -> None:
+    # Not every white space: LAMBADA itself has continuations that begin with line feeds.
+    write_jsonl(
+        tmp_path / "lambada_openai.jsonl",
+        [{"context": "Who", "continuation": "\n\nplays"}, {"context": "Who", "continuation": " plays"}],
+    )
+    with pytest.raises(InputError, match=r"line 2: `continuation` is ' plays', .* which is added$"):
+        plan_tasks(["lambada_openai"], tmp_path)
 
 
 @pytest.mark.parametrize(
