@@ -29,7 +29,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.errors import ConfigError, EvaluationError, InputError, MissingExtraError, brief, first_line
-from locft.evaluation.metrics import mean, paired_difference, share, unanimous_interval
+from locft.evaluation.metrics import (
+    Floats,
+    mean,
+    middle_of,
+    paired_difference,
+    resampled_means,
+    share,
+    unanimous_interval,
+)
 from locft.openfile import read_limited
 from locft.progress import Step, progress
 from locft.strictjson import parse_json
@@ -42,7 +50,6 @@ Verdict = Literal["exceeded", "cannot be excluded", "excluded"]
 
 _MAX_FILE_BYTES = 1 << 30
 _MAX_NAMED_FILES = 10
-_RESAMPLES = 2000
 _SEED = 1234  # lm-eval's own; which examples stand before an item depends on it
 
 # Scores of single items, the first of which a task has counts. chrF of a corpus is no mean over its
@@ -614,20 +621,17 @@ def _mean_over_tasks(tasks: Sequence[Sequence[float]], *, least: float = 0.0) ->
     A task whose items all have the same value adds what `unanimous_interval` says of it.
     """
     random_numbers = np.random.default_rng(0)
-    means = np.zeros(_RESAMPLES)
+    means: list[Floats] = []
     below = above = 0.0
     for values in tasks:
         if min(values) == max(values):
             ends = unanimous_interval(values[0], len(values), least, 1.0)
             below += (values[0] - ends[0]) / len(tasks)
             above += (ends[1] - values[0]) / len(tasks)
-        distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
-        drawn = random_numbers.multinomial(len(values), counts / len(values), size=_RESAMPLES)
-        means += drawn @ distinct / len(values) / len(tasks)
-    low, high = np.quantile(means, [0.025, 0.975])
+        means.append(resampled_means(values, random_numbers))
+    low, high = middle_of(np.mean(means, axis=0))
     value = sum(sum(values) / len(values) for values in tasks) / len(tasks)
-    low, high = float(low) - below, float(high) + above
-    return Figure(value=value, num=sum(map(len, tasks)), low=low, high=high)
+    return Figure(value=value, num=sum(map(len, tasks)), low=low - below, high=high + above)
 
 
 @contextmanager

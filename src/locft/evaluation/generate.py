@@ -42,7 +42,6 @@ def answer_prompts(
     batch_size: int,
     label: str,
     stop: Stop = "protocol",
-    max_new_tokens: int = MAX_NEW_TOKENS,
     guesses: Mapping[str, str] | None = None,
     on_confirmed: Callable[[Collection[str]], None] = lambda _: None,
 ) -> dict[str, str]:
@@ -58,7 +57,6 @@ def answer_prompts(
         batch_size=batch_size,
         label=label,
         stop=stop,
-        max_new_tokens=max_new_tokens,
         guesses=guesses,
         on_confirmed=on_confirmed,
     )

@@ -8,6 +8,8 @@ import numpy as np
 from locft.data.normalise import cut_answer, normalise
 from locft.types import Figure
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
 _Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 _RESAMPLES = 2000
 _MAX_DRAWN = 2_000_000  # counts that are in memory at one time
@@ -61,9 +63,9 @@ def mean_per_token(sums: Sequence[float], num_tokens: Sequence[int]) -> Figure:
     totals, counts = np.asarray(sums, dtype=float), np.asarray(num_tokens, dtype=float)
     drawn = np.random.default_rng(0).integers(len(totals), size=(_RESAMPLES, len(totals)))
     means = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = middle_of(means)
     value = float(totals.sum() / counts.sum())
-    return Figure(value=value, num=len(totals), low=float(low), high=float(high))
+    return Figure(value=value, num=len(totals), low=low, high=high)
 
 
 def mean(values: Sequence[float], *, least: float = 0.0, most: float = 1.0) -> Figure:
@@ -87,7 +89,7 @@ def mean(values: Sequence[float], *, least: float = 0.0, most: float = 1.0) -> F
     if min(values) == max(values):
         low, high = unanimous_interval(values[0], len(values), least, most)
     else:
-        low, high = _bootstrap_interval(np.asarray(values, dtype=float))
+        low, high = middle_of(resampled_means(values, np.random.default_rng(0)))
     return Figure(value=float(np.mean(values)), num=len(values), low=low, high=high)
 
 
@@ -127,15 +129,28 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure
     return mean([late - early for early, late in zip(before, after, strict=True)], least=-1.0)
 
 
-def _bootstrap_interval(values: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[float, float]:
-    """Give the interval that holds 95% of the means of resampled items."""
+def resampled_means(values: Sequence[float], random: np.random.Generator) -> Floats:
+    """Draw as many of some items as there are, with replacement, 2,000 times.
+
+    Args:
+        values: One value for each item.
+        random: Where the draws come from.
+
+    Returns:
+        The means of the draws.
+    """
     # How often each value is drawn is multinomial; most items share their values with many others.
-    distinct, counts = np.unique(values, return_counts=True)
-    random = np.random.default_rng(0)
-    means: list[float] = []
-    while len(means) < _RESAMPLES:
-        num = min(_RESAMPLES - len(means), max(1, _MAX_DRAWN // len(distinct)))
+    distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+    means = np.empty(_RESAMPLES)
+    step = max(1, _MAX_DRAWN // len(distinct))
+    for start in range(0, _RESAMPLES, step):
+        num = min(step, _RESAMPLES - start)
         drawn = random.multinomial(len(values), counts / len(values), size=num)
-        means.extend(drawn @ distinct / len(values))
+        means[start : start + num] = drawn @ distinct / len(values)
+    return means
+
+
+def middle_of(means: Floats) -> tuple[float, float]:
+    """Give the ends between which 95% of resampled means lie."""
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -186,15 +186,15 @@ def evaluate(
             verdicts = stack.enter_context(AnswerCache(default_cache_path()))
             judge = _Judge(endpoint_from_environment("LOCFT_JUDGE"), verdicts)
         ways = _choose_ways(measures, config, judge)
+        if model == ENDPOINT_NAME:
+            _refuse_for_endpoint(ways, patch, measures)
+            endpoint = endpoint_from_environment("LOCFT_ENDPOINT")
+            # The server may serve another model under this name tomorrow.
+            cache = stack.enter_context(AnswerCache(default_cache_path(), keep=False))
         tasks = None
         if measures.capability:
             data = measures.capability_data
             tasks = plan_tasks(measures.capability, data, measures.capability_limit)
-        if model == ENDPOINT_NAME:
-            _refuse_for_endpoint(ways, patch, tasks)
-            endpoint = endpoint_from_environment("LOCFT_ENDPOINT")
-            # The server may serve another model under this name tomorrow.
-            cache = stack.enter_context(AnswerCache(default_cache_path(), keep=False))
         watch = Stopwatch()
         text = read_neutral_text(config.drift_text)
         gathered = gather_edits(edits, config.on_conflict)
@@ -356,11 +356,11 @@ def _choose_ways(measures: Measures, config: RunConfig, judge: _Judge | None) ->
     )
 
 
-def _refuse_for_endpoint(ways: _Ways, patch: str | Path | None, tasks: CapabilityTasks | None) -> None:
+def _refuse_for_endpoint(ways: _Ways, patch: str | Path | None, measures: Measures) -> None:
     if patch is not None:
         raise InputError("a patch cannot be put into an endpoint: serve the edited model there")
     blind = [f"protocol {way.protocol.name}" for way in ways.protocols if way.protocol.needs_logits]
-    if tasks is not None:
+    if measures.capability:
         blind.append("capability")
     if blind:
         raise InputError(

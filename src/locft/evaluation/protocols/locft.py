@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from locft.evaluation.metrics import is_match
-from locft.evaluation.protocols.base import Measurable, Protocol
+from locft.evaluation.protocols.base import PLAIN_NAMES, Measurable, Protocol
 from locft.evaluation.scoring import Item, Result
 
 MAX_NEW_TOKENS = 32
@@ -39,7 +39,7 @@ def match_answers(model: Measurable, items: Sequence[Item], max_new_tokens: int)
 PROTOCOL = Protocol(
     name="locft",
     measure=measure,
-    score_names={kind: kind for kind in ("reliability", "generalization", "locality")},
+    score_names=PLAIN_NAMES,
     meanings={
         "reliability": "prompts answered with the target",
         "generalization": "rephrases answered with the target",

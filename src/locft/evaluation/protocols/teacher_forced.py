@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from locft.evaluation.likelihood import Continuation
 from locft.evaluation.protocols import locft
-from locft.evaluation.protocols.base import Measurable, Protocol
+from locft.evaluation.protocols.base import PLAIN_NAMES, Measurable, Protocol
 from locft.evaluation.scoring import Item, Result
 
 
@@ -40,7 +40,7 @@ def _result(text: Continuation) -> Result:
 PROTOCOL = Protocol(
     name="teacher-forced",
     measure=measure,
-    score_names={kind: kind for kind in ("reliability", "generalization", "locality")},
+    score_names=PLAIN_NAMES,
     meanings={
         "reliability": "target tokens right after a prompt, the true ones given",
         "generalization": "target tokens right after a rephrase, the true ones given",
