@@ -31,7 +31,8 @@ from locft.provenance import describe_environment
 from locft.train import objective
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_schedule
-from locft.train.loop import Engine, Epoch, train_breadth_first
+from locft.train.loop import Engine, train_breadth_first
+from locft.types import Epoch
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 Part = Callable[[], AbstractContextManager[Any]]

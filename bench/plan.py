@@ -30,19 +30,13 @@ def compare(model: str, edits: str, num: int, config: locft.RunConfig) -> dict[s
     given = list(read_source(edits).edits[:num])
     predicted = run_alone(locft.plan, model, given, config)
     report = run_alone(_edit, model, given, config)
-    seconds = {phase.name: phase.seconds for phase in predicted.phases}
     cost = report.cost
     return {
         "location": predicted.location,
         "num_edits": num,
         "epochs": report.training.epochs,
         "predicted": {
-            "load_s": seconds["load"],
-            "cache_s": seconds["cache"],
-            "train_s": seconds["train"],
-            "eval_s": seconds["answer before"] + seconds["answer after"] + seconds["drift"],
-            "wall_s": predicted.wall_s,
-            "peak_memory_bytes": predicted.peak_memory_bytes,
+            **asdict(predicted.cost),
             "patch_bytes": predicted.disk.patch_bytes,
         },
         "measured": {

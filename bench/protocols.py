@@ -28,8 +28,7 @@ def measure(edits: Path, num: int, folder: Path, measures: locft.Measures) -> Ev
     config = replace(CONFIG, on_conflict="keep-last")
     given = locft.read_edits(edits).edits[:num]
     locft.edit("demo", given, folder, config, say=print)
-    report, _ = locft.evaluate("demo", given, folder, None, config, measures, say=print)
-    return report
+    return locft.evaluate("demo", given, folder, None, config, measures, say=print).report
 
 
 def print_scores(title: str, scores: ProtocolScores) -> None:

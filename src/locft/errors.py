@@ -9,6 +9,7 @@
     │   ├── LocationError       a tuning location that this model does not have
     │   ├── ModelError          a model that cannot be loaded, or is refused with its reason
     │   ├── PatchError          a patch that is damaged, or does not belong to this model
+    │   ├── RunError            a run folder that is not whole, damaged, or of another version
     │   └── MissingExtraError   an optional dependency is not installed
     ├── TrainingError           training cannot go on (a non-finite loss, gradient or weight)
     └── EvaluationError         a model cannot be measured (its predictions are not finite)
@@ -85,6 +86,10 @@ class ModelError(InputError):
 
 class PatchError(InputError):
     """A patch is damaged, or does not belong to this model."""
+
+
+class RunError(InputError):
+    """A run folder cannot be read: it is not whole, is damaged, or another version wrote it."""
 
 
 class MissingExtraError(InputError):

@@ -13,7 +13,7 @@ import torch
 from locft.data.gather import GatheredEdits
 from locft.evaluation import protocols
 from locft.evaluation.drift import Drift, NeutralText
-from locft.evaluation.scoring import KINDS, AnswerRecord, Kind, compare
+from locft.evaluation.scoring import compare
 from locft.model.load import LoadedModel, dtype_name
 from locft.model.location import Location
 from locft.model.structure import find_layers
@@ -28,6 +28,7 @@ from locft.report.schema import (
     Protocol,
     ProtocolScores,
 )
+from locft.types import KINDS, AnswerRecord, Kind
 
 
 class Stopwatch:
@@ -109,6 +110,7 @@ def describe_drift(text: NeutralText, drift: Drift) -> DriftInfo:
         num_tokens=drift.num_tokens,
         overall=drift.overall,
         by_kind=drift.by_kind,
+        most_moved=drift.most_moved,
     )
 
 

@@ -1,7 +1,13 @@
 """The central types, shared by every part of the package."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Kind = Literal["reliability", "generalization", "locality"]
+KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality")
+
+Cause = Literal["empty", "rambling", "contained", "near miss", "right elsewhere", "wrong fact"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,87 @@ class Scores:
     generalization: Figure
     locality: Figure
     drift: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRecord:
+    """An item with what the unedited and the scored model make of it: a line of `answers.jsonl`.
+
+    Attributes:
+        protocol: Name of the protocol.
+        context: Name of the context that the prompt was put into.
+        edit: Id of the edit that the prompt belongs to.
+        kind: What the prompt measures.
+        prompt: The prompt.
+        expected: What shall be answered; for locality the unedited model's answer. None if unknown.
+        before: The unedited model's answer; None if there is no such model, or nobody was asked.
+        after: The scored model's answer; None if nobody was asked.
+        score_before: The unedited model's score, from 0 to 1; None if it has none.
+        score_after: The scored model's score.
+        details_before: What the unedited model's score was made of, where that is more than the answer.
+        details_after: The same of the scored model.
+        cause: Why an answer after the edit is not what was expected; None if it is.
+    """
+
+    protocol: str
+    context: str
+    edit: str
+    kind: Kind
+    prompt: str
+    expected: str | None
+    before: str | None
+    after: str | None
+    score_before: float | None
+    score_after: float | None
+    details_before: Mapping[str, float] | None = None
+    details_after: Mapping[str, float] | None = None
+    cause: Cause | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What training did in one epoch: a line of `train.jsonl`.
+
+    Attributes:
+        epoch: Its number, from 1.
+        steps: How many steps it took.
+        loss: Mean loss over the edits, in nats.
+        success: For each fifth of the edits, in their order, the mean share of target tokens that were
+            predicted right, each edit being met before the step that it takes part in (teacher-forced).
+    """
+
+    epoch: int
+    steps: int
+    loss: float
+    success: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassageDrift:
+    """How far predictions moved on a passage of neutral text: a line of `drift.jsonl`.
+
+    Attributes:
+        passage: Its number, from 1; of a long passage each window counts.
+        kind: The kind of text.
+        num_tokens: How many predictions were compared.
+        drift: Mean KL(unedited || edited), in nats per token.
+    """
+
+    passage: int
+    kind: str
+    num_tokens: int
+    drift: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedPassage(PassageDrift):
+    """A passage on which predictions moved much.
+
+    Attributes:
+        text: How it begins.
+    """
+
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

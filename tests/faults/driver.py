@@ -21,130 +21,20 @@ from typing import Any
 
 # Loaded before the children are forked, so that what they do is their command alone.
 import numpy  # noqa: F401
+from reports import make_answers, make_passages, make_report
 
 import locft.cli.patches  # noqa: F401
 from locft.cli import parser
 from locft.cli.main import main
 from locft.config import RunConfig
 from locft.errors import LocftError
-from locft.evaluation.scoring import AnswerRecord
 from locft.patch.format import read_patch
 from locft.patch.rewrite import opened_in_place
 from locft.publish import reserved, staged_folder
-from locft.recipe.run_folder import TRAINING_FILE, save_scored, save_trained
-from locft.report.schema import (
-    SCHEMA_VERSION,
-    Cost,
-    DriftInfo,
-    EditReport,
-    EditsInfo,
-    Environment,
-    LocationInfo,
-    MatrixInfo,
-    ModelInfo,
-    Protocol,
-    TrainingInfo,
-)
-from locft.types import Edit, Figure, Scores
+from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
+from locft.types import Edit
 
 _EDIT = Edit(id="1", prompt="The sky is", target="green", rephrases=("Above us is",))
-
-_FIGURE = Figure(value=0.5, num=10, low=0.2, high=0.8)
-
-_SCORES = Scores(reliability=_FIGURE, generalization=_FIGURE, locality=_FIGURE, drift=_FIGURE)
-
-_REPORT = EditReport(
-    schema_version=SCHEMA_VERSION,
-    model=ModelInfo(
-        id="some/model",
-        revision=None,
-        architecture="LlamaForCausalLM",
-        num_parameters=40_000,
-        num_layers=3,
-        dtype="float32",
-    ),
-    edits=EditsInfo(
-        file=None,
-        format="python",
-        num_edits=1,
-        num_rephrases=1,
-        num_locality=0,
-        num_dropped=0,
-        num_warnings=0,
-        file_sha256=None,
-        sha256="e" * 64,
-    ),
-    location=LocationInfo(
-        name="2.mlp.down",
-        layer=2,
-        module="mlp.down",
-        matrices=(MatrixInfo(tensor="layers.2.w", shape=(32, 64), dtype="BF16", change=0.125),),
-        num_parameters=2048,
-    ),
-    settings={"lr": "auto"},
-    training=TrainingInfo(
-        lr=0.002,
-        batch_size=20,
-        epochs_at_most=25,
-        epochs=7,
-        steps=70,
-        final_loss=0.0091,
-        stopped_early=True,
-    ),
-    protocol=Protocol(
-        name="free",
-        rule="Answers begin right.",
-        context="raw",
-        max_new_tokens=8,
-        stop=("\n",),
-        match="prefix",
-        meanings={},
-    ),
-    scores_before=_SCORES,
-    scores=_SCORES,
-    change={"reliability": _FIGURE},
-    drift=DriftInfo(
-        text="packaged",
-        text_sha256="d" * 64,
-        num_tokens=100,
-        overall=_FIGURE,
-        by_kind={"prose": _FIGURE},
-    ),
-    cost=Cost(
-        load_s=1.0,
-        eval_s=1.0,
-        wall_s=4.0,
-        peak_memory_bytes=1000,
-        seconds_per_edit=1.0,
-        cache_s=1.0,
-        train_s=1.0,
-    ),
-    patch_bytes=1000,
-    environment=Environment(
-        locft="0",
-        python="3",
-        torch="2",
-        transformers="5",
-        platform="test",
-        device="cpu",
-        num_threads=1,
-    ),
-)
-
-_ANSWERS = [
-    AnswerRecord(
-        protocol="free",
-        context="raw",
-        edit="1",
-        kind="reliability",
-        prompt=_EDIT.prompt,
-        expected=_EDIT.target,
-        before="blue",
-        after="green",
-        score_before=0.0,
-        score_after=1.0,
-    )
-]
 
 
 def serve(connection: socket.socket) -> None:
@@ -222,7 +112,7 @@ def _save_edit(run: str, patch: str) -> None:
                     log.write(json.dumps({"epoch": epoch}) + "\n")
                     log.flush()
             save_trained(staging, read_patch(patch), [_EDIT], RunConfig())
-        save_scored(folder, _REPORT, _ANSWERS)
+        save_scored(Run(folder, make_report(), make_answers(), make_passages()))
 
 
 def _recover(folder: str) -> None:

@@ -40,7 +40,7 @@ from locft.train.defaults import choose_engine, choose_schedule
 from locft.train.loop import train_breadth_first
 from locft.types import Edit
 
-if TYPE_CHECKING:  # an optional dependency
+if TYPE_CHECKING:  # it takes half a second to load
     from matplotlib.figure import Figure as Picture
 
 SCHEMA_VERSION = 1

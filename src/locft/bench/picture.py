@@ -1,11 +1,11 @@
-"""Draws what `locft bench engine` found. Needs matplotlib."""
+"""Draws what `locft bench engine` found."""
 
 from typing import TYPE_CHECKING
 
 from locft.bench.schema import EngineReport, VariantReport
 from locft.report.words import bytes_text
 
-if TYPE_CHECKING:  # an optional dependency
+if TYPE_CHECKING:  # it takes half a second to load
     from matplotlib.figure import Figure as Picture
 
 _COLOURS = {"published": "#7a7a7a", "trl": "#b0793a", "engine_fp32": "#7fa8d1", "engine_best": "#20639b"}

@@ -14,7 +14,7 @@ from locft.config import RunConfig
 from locft.data.gather import check_tokens, gather_edits
 from locft.evaluation.generate import answer_prompts
 from locft.evaluation.metrics import is_match, share
-from locft.evaluation.scoring import KINDS, Kind, guesses_for, items_of, prompts_of
+from locft.evaluation.scoring import guesses_for, items_of, prompts_of
 from locft.evaluation.subject import Subject, load_subject
 from locft.model.load import context_tokens
 from locft.model.weights import swapped_in
@@ -24,7 +24,7 @@ from locft.provenance import describe_environment, describe_model
 from locft.recipe.run_folder import edits_of_run
 from locft.report.schema import Environment, ModelInfo
 from locft.report.words import counted
-from locft.types import Edit, Figure
+from locft.types import KINDS, Edit, Figure, Kind
 
 SCHEMA_VERSION = 1
 

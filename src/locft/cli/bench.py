@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from locft.config import RunConfig, with_settings
 from locft.errors import InputError, LocftError
 from locft.publish import refuse_taken, staged_folder
 
-if TYPE_CHECKING:  # an optional dependency
+if TYPE_CHECKING:  # it takes half a second to load
     from matplotlib.figure import Figure as Picture
 
 
@@ -118,9 +117,6 @@ def _keep(
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
         if draw is None:
-            return
-        if find_spec("matplotlib") is None:
-            say("no picture was drawn: that needs matplotlib (pip install 'locft[bench]')")
             return
         import matplotlib
 

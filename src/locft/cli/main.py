@@ -82,7 +82,7 @@ def _edit(words: argparse.Namespace) -> int:
     if words.plan:
         return _plan(words, edits, config)
     from locft.recipe.edit import edit
-    from locft.recipe.run_folder import read_examples
+    from locft.recipe.run_folder import read_run
 
     report = edit(words.model, edits, words.output, config, say=say)
     if words.json:
@@ -90,8 +90,7 @@ def _edit(words: argparse.Namespace) -> int:
     else:
         from locft.cli.show import make_console, show_edit
 
-        examples = read_examples(Path(words.output))
-        show_edit(make_console(), report, examples, words.output)
+        show_edit(make_console(), read_run(Path(words.output)), words.output)
     return _pass_gates(gates, vars(report.scores))
 
 
@@ -129,7 +128,7 @@ def _eval(words: argparse.Namespace) -> int:
     config = _config_of_patch(words)
     _quiet_libraries()
     from locft.recipe.evaluate import Measures, evaluate
-    from locft.recipe.run_folder import save_evaluation
+    from locft.recipe.run_folder import Run, save_evaluation
 
     measures = Measures(
         protocols=words.protocols,
@@ -150,11 +149,11 @@ def _eval(words: argparse.Namespace) -> int:
         raise InputError("--strict says what --max-capability-drop POINTS fails: give it, too")
     if words.output is not None:
         refuse_taken(Path(words.output))
-    report, records = evaluate(
-        words.model, words.edits, words.patch, words.base, config, measures, say=say
-    )
+    found = evaluate(words.model, words.edits, words.patch, words.base, config, measures, say=say)
+    report, records = found.report, found.answers
     if words.output is not None:
-        save_evaluation(Path(words.output), report, records)
+        folder = Path(words.output)
+        save_evaluation(Run(folder, report, records, found.passages))
     if words.json:
         print_json({**asdict(report), "answers": [asdict(record) for record in records]})
     else:
@@ -292,6 +291,32 @@ def _convert(words: argparse.Namespace) -> int:
     return 0
 
 
+def _report(words: argparse.Namespace) -> int:
+    from locft.recipe.reporting import compare_runs, redraw
+    from locft.recipe.run_folder import read_run
+
+    if words.output is not None:
+        refuse_taken(Path(words.output))
+    if len(words.runs) == 1:
+        [folder] = words.runs
+        files = redraw(folder, words.output)
+        if words.json:
+            print_json(asdict(read_run(Path(folder)).report))
+        else:
+            say(f"wrote {' and '.join(map(str, files))}")
+        return 0
+    report, page = compare_runs(words.runs, words.output)
+    if words.json:
+        print_json(asdict(report))
+    else:
+        from locft.cli.show import make_console, show_page
+
+        show_page(make_console(), page)
+    if words.output is not None:
+        say(f"wrote {Path(words.output) / 'report.html'}, with report.md and report.json")
+    return 0
+
+
 def _bench(words: argparse.Namespace) -> int:
     _quiet_libraries()
     from locft.cli import bench
@@ -307,6 +332,7 @@ _COMMANDS = {
     "lint": _lint,
     **{name: _patches(name) for name in ("apply", "stack", "revert", "status", "inspect", "diff")},
     "export": _export,
+    "report": _report,
     "bench": _bench,
     "convert": _convert,
 }

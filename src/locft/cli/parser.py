@@ -58,6 +58,15 @@ examples:
 An adapter holds the change of the tuned matrices, rounded to a rank: it is smaller than they are, and
 leaves something out. How many edits that loses is measured as it is served, W x + B (A x).
 """
+_REPORT_EPILOG = """\
+examples:
+  locft report runs/facts                              report.html and report.md, from the run's figures
+  locft report runs/facts runs/other                   tables: the others against the first
+  locft report runs/facts runs/other -o comparison     report.html, report.md and report.json, too
+
+An evaluation within a run folder (locft eval ... --patch runs/facts -o runs/facts/evaluation) is shown
+with the run. Differences are paired, on the items that both runs have. Nothing is measured: no torch.
+"""
 _ENGINE_EPILOG = """\
 examples:
   locft bench engine
@@ -197,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="which answers to show, with the cause of each failure (default: none)",
     )
     evaluate.add_argument(
-        "-o", "--output", metavar="DIR", help="folder to make, with report.json and answers.jsonl"
+        "-o", "--output", metavar="DIR", help="folder to make, with report.html and answers.jsonl"
     )
     _add_gate(evaluate)
     _add_json(evaluate, "print the report and all answers as JSON on stdout")
@@ -290,6 +299,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_json(export, "print what was written as JSON on stdout")
     _add_settings(export, {"edits", "machine", "model"})
+
+    report = _command(
+        commands, "report", "draw a run's report again, or compare runs side by side", _REPORT_EPILOG
+    )
+    report.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run folder, or the folder of an evaluation"
+    )
+    report.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="folder to make for what is drawn (default: of one run, its own folder; of several, none)",
+    )
+    _add_json(report, "print the report, or the comparison, as JSON on stdout")
 
     bench = _command(commands, "bench", "measure locft on this machine", "")
     _add_benchmarks(bench)
@@ -392,6 +415,8 @@ def parse_words(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest and not any(word.startswith("-") for word in rest):
         if words.command == "ask":
             words.prompts, rest = [*words.prompts, *rest], []
+        elif words.command == "report":
+            words.runs, rest = [*words.runs, *rest], []
         elif words.command in ("edit", "bench") and getattr(words, "edits", "") is None:
             words.edits, *rest = rest
     if rest:

@@ -9,7 +9,10 @@ from rich.text import Text
 
 from locft.bench.schema import EngineReport
 from locft.errors import printable
-from locft.report.markdown import NUM_EXAMPLES, Example, in_order
+from locft.recipe.run_folder import Run
+from locft.report.page import Block, Command, Fold, Page, Picture
+from locft.report.page import Table as PageTable
+from locft.report.page import Text as PageText
 from locft.report.schema import Cost, EditReport, EvalReport
 from locft.report.words import (
     MEANINGS,
@@ -18,20 +21,21 @@ from locft.report.words import (
     change_text,
     counted,
     figure_text,
+    one_line,
     seconds_text,
     some,
     verdict,
 )
-from locft.types import CapabilityScores, Figure
+from locft.types import AnswerRecord, CapabilityScores, Figure
 
 if TYPE_CHECKING:  # they load torch
     from locft.bench.growth import Growth
     from locft.bench.scoring import ScoringBench
-    from locft.evaluation.scoring import AnswerRecord
     from locft.recipe.export import LoraExport
     from locft.recipe.plan import Plan
 
 _WIDTH_PIPED = 120
+_NUM_ANSWERS = 12
 # What score tables need, so that no cell is folded.
 _WIDTH_OF_CHANGE = 110
 _WIDTH_OF_MEANING = 150
@@ -43,19 +47,25 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_WIDTH_PIPED)
 
 
-def show_edit(console: Console, report: EditReport, examples: Sequence[Example], run: str) -> None:
+def show_edit(console: Console, run: Run, name: str) -> None:
     """Show an edit run: answers before and after, scores, cost, and where the patch is."""
-    shown = in_order(examples)[:NUM_EXAMPLES]
-    title = f"{len(shown)} of {counted(len(examples), 'edit')}, failures first; all: {run}/answers.jsonl"
+    report = run.report
+    assert isinstance(report, EditReport)
+    edits = [answer for answer in run.answers if answer.kind == "reliability"]
+    # What had an answer before shows the change best.
+    failures_first = sorted(edits, key=lambda answer: (answer.score_after == 1, not answer.before))
+    shown = failures_first[:_NUM_ANSWERS]
+    title = f"{len(shown)} of {counted(len(edits), 'edit')}, failures first; all: {name}/answers.jsonl"
     table = make_table(title, "prompt", "target", "before", "after", "")
-    for example in shown:
-        mark = Text("ok", style="green") if example.is_match else Text("missed", style="red")
-        answers = (example.before or "(blank)", example.after or "(blank)")
-        table.add_row(*map(plain, (example.prompt, example.expected, *answers)), mark)
+    for answer in shown:
+        ok = answer.score_after == 1
+        mark = Text("ok", style="green") if ok else Text("missed", style="red")
+        answers = (answer.before or "(blank)", answer.after or "(blank)")
+        table.add_row(*map(plain, (answer.prompt, answer.expected or "", *answers)), mark)
     console.print(table)
     before, after = vars(report.scores_before), vars(report.scores)
     show_scores(console, "scores, with 95% intervals", before, after, report.change, MEANINGS)
-    console.print(Text(verdict(report.scores, report.edits.num_edits), style="bold"))
+    console.print(Text(verdict(after, report.edits.num_edits), style="bold"))
     location = report.location
     share = 100 * location.num_parameters / report.model.num_parameters
     console.print(
@@ -66,7 +76,7 @@ def show_edit(console: Console, report: EditReport, examples: Sequence[Example],
     )
     console.print(Text(_cost(report.cost)))
     console.print(
-        _line(f"patch: {run}/patch ({bytes_text(report.patch_bytes)}); report: {run}/report.md")
+        _line(f"patch: {name}/patch ({bytes_text(report.patch_bytes)}); report: {name}/report.html")
     )
 
 
@@ -202,6 +212,28 @@ def _show_contexts(console: Console, report: EvalReport) -> None:
             cells.append(figure_text(name, scores.after[name]))
         table.add_row(context, *cells)
     console.print(table)
+
+
+def show_page(console: Console, page: Page) -> None:
+    """Show a page: its tables and texts, without its pictures, and of what may be opened the titles."""
+    console.print(Text(one_line(page.title, limit=None), style="bold"))
+    console.print(Text(one_line(page.verdict, limit=None)))
+    for section in page.sections:
+        for number, block in enumerate(section.blocks):
+            _show_block(console, block, section.title if number == 0 else "")
+
+
+def _show_block(console: Console, block: Block, title: str) -> None:
+    match block:
+        case PageTable():
+            table = make_table(title, *(one_line(name) for name in block.columns))
+            for row in block.rows:
+                table.add_row(*map(plain, row))
+            console.print(table)
+        case PageText(text) | Command(text) | Fold(title=text):
+            console.print(Text(one_line(text, limit=None)))
+        case Picture():
+            return
 
 
 def show_answers(console: Console, rows: Sequence[tuple[str, str, str | None]]) -> None:
@@ -389,8 +421,7 @@ def show_plan(console: Console, plan: "Plan") -> None:
 
 def plain(text: str, limit: int = 160) -> Text:
     """Turn any text into a cell: no markup, no control characters, nothing endless."""
-    flat = "".join(c if c.isprintable() else " " for c in text)
-    return Text(flat if len(flat) <= limit else flat[: limit - 1] + "…")
+    return Text(one_line(text, limit=limit))
 
 
 def _line(text: str) -> Text:

@@ -1,11 +1,9 @@
 """Why an answer is not the one that was expected."""
 
 import difflib
-from typing import Literal
 
 from locft.data.normalise import cut_answer, normalise
-
-Cause = Literal["empty", "rambling", "contained", "near miss", "right elsewhere", "wrong fact"]
+from locft.types import Cause
 
 CAUSES: dict[Cause, str] = {
     "empty": "nothing is left of the answer once it is normalised",

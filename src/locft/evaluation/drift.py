@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -17,13 +17,15 @@ from locft.errors import EvaluationError, InputError
 from locft.evaluation.metrics import mean_per_token
 from locft.model.paging import give_back_freed
 from locft.progress import progress
-from locft.types import Figure
+from locft.types import Figure, MovedPassage, PassageDrift
 
 Forward = Callable[[Tensor], Tensor]
 PACKAGED = "packaged"
 TOKENS_PER_PASS = 1024  # bounds the logits: 200 MB over a vocabulary of 50,000
 _LONGEST_WINDOW = 1024
 _POSITIONS_AT_ONCE = 64
+_NUM_MOST_MOVED = 5
+_EXCERPT_CHARS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,15 @@ class Drift:
         overall: Mean KL(unedited || edited) in nats per token, over all passages.
         by_kind: The same for each kind of text.
         num_tokens: How many predictions were compared.
+        passages: The same for each passage, in the order of the text.
+        most_moved: The passages on which predictions moved most, the farthest first.
     """
 
     overall: Figure
     by_kind: dict[str, Figure]
     num_tokens: int
+    passages: tuple[PassageDrift, ...] = ()
+    most_moved: tuple[MovedPassage, ...] = ()
 
 
 def read_neutral_text(path: str | None) -> NeutralText:
@@ -149,6 +155,12 @@ def measure_drift(
     kinds: dict[str, list[int]] = {}
     for index, (kind, _) in enumerate(encoded):
         kinds.setdefault(kind, []).append(index)
+    passages = tuple(
+        PassageDrift(passage=number, kind=kind, num_tokens=num, drift=total / num)
+        for number, ((kind, _), num, total) in enumerate(zip(encoded, counts, sums, strict=True), 1)
+    )
+    moved = [passage for passage in passages if passage.drift > 0]
+    farthest = sorted(moved, key=lambda passage: -passage.drift)[:_NUM_MOST_MOVED]
     return Drift(
         overall=mean_per_token(sums, counts),
         by_kind={
@@ -156,7 +168,18 @@ def measure_drift(
             for kind, members in sorted(kinds.items())
         },
         num_tokens=sum(counts),
+        passages=passages,
+        most_moved=tuple(
+            MovedPassage(**asdict(passage), text=_excerpt(tokenizer, encoded[passage.passage - 1][1]))
+            for passage in farthest
+        ),
     )
+
+
+def _excerpt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids[:_EXCERPT_CHARS], skip_special_tokens=True)  # no token is empty
+    assert isinstance(text, str)
+    return text if len(text) <= _EXCERPT_CHARS else f"{text[: _EXCERPT_CHARS - 1]}…"
 
 
 def cut_windows(

@@ -7,14 +7,8 @@ from locft.data.contexts import Context
 from locft.evaluation.causes import find_cause
 from locft.evaluation.metrics import is_match
 from locft.evaluation.protocols import Measurable, Protocol
-from locft.evaluation.scoring import (
-    AnswerRecord,
-    Item,
-    Kind,
-    Result,
-    expect_own_answers,
-    join_results,
-)
+from locft.evaluation.scoring import Item, Result, expect_own_answers, join_results
+from locft.types import AnswerRecord, Kind
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from locft.evaluation.causes import Cause
 from locft.evaluation.metrics import mean, paired_difference, share
-from locft.types import Edit, Figure
-
-Kind = Literal["reliability", "generalization", "locality"]
-KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality")
+from locft.types import KINDS, AnswerRecord, Edit, Figure, Kind
 
 _BY_DEFINITION = "by definition: the unedited model is compared with itself"
 _UNSCORED = Figure(value=None, num=0, reason="none of the items could be scored")
@@ -51,41 +46,6 @@ class Result:
     score: float | None
     answer: str | None = None
     details: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerRecord:
-    """An item with what the unedited and the scored model make of it: a line of `answers.jsonl`.
-
-    Attributes:
-        protocol: Name of the protocol.
-        context: Name of the context that the prompt was put into.
-        edit: Id of the edit that the prompt belongs to.
-        kind: What the prompt measures.
-        prompt: The prompt.
-        expected: What shall be answered; for locality the unedited model's answer. None if unknown.
-        before: The unedited model's answer; None if there is no such model, or nobody was asked.
-        after: The scored model's answer; None if nobody was asked.
-        score_before: The unedited model's score, from 0 to 1; None if it has none.
-        score_after: The scored model's score.
-        details_before: What the unedited model's score was made of, where that is more than the answer.
-        details_after: The same of the scored model.
-        cause: Why an answer after the edit is not what was expected; None if it is.
-    """
-
-    protocol: str
-    context: str
-    edit: str
-    kind: Kind
-    prompt: str
-    expected: str | None
-    before: str | None
-    after: str | None
-    score_before: float | None
-    score_after: float | None
-    details_before: Mapping[str, float] | None = None
-    details_after: Mapping[str, float] | None = None
-    cause: Cause | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

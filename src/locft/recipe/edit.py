@@ -27,6 +27,7 @@ from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
 from locft.patch.weights import make_patch, patched_values
 from locft.provenance import (
     Stopwatch,
+    count_causes,
     describe_drift,
     describe_edits,
     describe_environment,
@@ -36,13 +37,17 @@ from locft.provenance import (
     peak_memory_bytes,
 )
 from locft.publish import refuse_taken, reserved, staged_folder
-from locft.recipe.run_folder import TRAINING_FILE, save_scored, save_trained
+from locft.recipe.plan import predict_cost
+from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
 from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo
-from locft.report.words import counted
+from locft.report.words import counted, seconds_text
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_engine, choose_schedule
-from locft.train.loop import Engine, Epoch, Schedule, train_breadth_first
-from locft.types import Edit, Scores
+from locft.train.loop import Engine, Schedule, fifths_of, train_breadth_first
+from locft.types import Edit, Epoch, Scores
+
+# To predict what a run costs takes some seconds itself: shorter ones are done before it is.
+_WORTH_PLANNING_S = 20.0
 
 
 def edit(
@@ -117,6 +122,11 @@ def _edit(
         {way.context: _reader(subject, config, "unedited", {})}, {way: items_of(gathered.edits)}
     )
     watch.lap("eval")
+    encoded = [subject.codec.encode(edit) for edit in gathered.edits]
+    planned = None
+    if watch.spent["eval"] > _WORTH_PLANNING_S:
+        planned = predict_cost(subject, location, gathered.edits, encoded, text, config)
+        watch.lap("plan")
 
     with staged_folder(run) as staging:
         # 2. Training: the frozen layers once, then the rest in every epoch.
@@ -126,8 +136,8 @@ def _edit(
             f"training {location.name} ({location.num_parameters:,} parameters) on "
             f"{counted(len(gathered.edits), 'edit')}: at most {schedule.epochs} epochs, batches of "
             f"{schedule.batch_size}, learning rate {schedule.lr:.3g}"
+            + (f"; at most {seconds_text(planned.train_s)}" if planned is not None else "")
         )
-        encoded = [subject.codec.encode(edit) for edit in gathered.edits]
         cache = build_cache(split, encoded, staging)
         watch.lap("cache")
         with (staging / TRAINING_FILE).open("w", encoding="utf-8") as log:
@@ -179,11 +189,14 @@ def _edit(
             steps=sum(epoch.steps for epoch in trained.epochs),
             final_loss=trained.epochs[-1].loss,
             stopped_early=trained.stopped_early,
+            fifths=fifths_of(len(gathered.edits)),
+            course=trained.epochs,
         ),
         protocol=scores.protocol,
         scores_before=Scores(**(scores.before or {}), drift=drift_of_unedited(drift.overall.num)),
         scores=Scores(**scores.after, drift=drift.overall),
         change=scores.change or {},
+        causes=count_causes(records),
         drift=describe_drift(text, drift),
         cost=Cost(
             seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(gathered.edits),
@@ -194,10 +207,11 @@ def _edit(
             wall_s=watch.wall_s,
             peak_memory_bytes=peak_memory_bytes(device),
         ),
+        plan=planned,
         patch_bytes=sum(file.stat().st_size for file in (run / PATCH_FOLDER).iterdir()),
         environment=describe_environment(device),
     )
-    save_scored(run, report, records)
+    save_scored(Run(run, report, tuple(records), drift.passages))
     return report
 
 

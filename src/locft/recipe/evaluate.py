@@ -34,15 +34,7 @@ from locft.evaluation.measure import (
 from locft.evaluation.metrics import is_match
 from locft.evaluation.protocols import choose_protocols, locft, refuse_without_old, wild
 from locft.evaluation.remote import RemoteReader
-from locft.evaluation.scoring import (
-    AnswerRecord,
-    Item,
-    Kind,
-    Result,
-    guesses_for,
-    items_of,
-    prompts_of,
-)
+from locft.evaluation.scoring import Item, Result, guesses_for, items_of, prompts_of
 from locft.evaluation.subject import Reader, Subject, drift_between, drift_of_values, load_subject
 from locft.model.load import context_tokens
 from locft.model.weights import swapped_in
@@ -67,7 +59,7 @@ from locft.report.schema import (
     ProtocolScores,
 )
 from locft.report.words import counted
-from locft.types import CapabilityScores, Edit
+from locft.types import AnswerRecord, CapabilityScores, Edit, Kind, PassageDrift
 
 ENDPOINT_NAME = "endpoint"
 _CAPABILITY_BATCH = 8  # lm-eval takes logits at every position of a batch
@@ -142,6 +134,21 @@ class _Judge:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` finds.
+
+    Attributes:
+        report: The report.
+        answers: Every answer beside what was expected.
+        passages: The drift of every passage; none where drift was not measured.
+    """
+
+    report: EvalReport
+    answers: tuple[AnswerRecord, ...]
+    passages: tuple[PassageDrift, ...]
+
+
 def evaluate(
     model: str,
     edits: str | Path | EditFile | Sequence[Edit],
@@ -151,7 +158,7 @@ def evaluate(
     measures: Measures | None = None,
     *,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[EvalReport, list[AnswerRecord]]:
+) -> Evaluation:
     """Score any model, or a model with a patch, on any edits.
 
     Args:
@@ -168,7 +175,7 @@ def evaluate(
         say: Called with a line at each step, and with each warning about the edits.
 
     Returns:
-        The report, and every answer beside what was expected.
+        The report, every answer beside what was expected, and the drift of every passage.
 
     Raises:
         InputError: The edits, a model or the patch cannot be used, with the reason.
@@ -279,7 +286,11 @@ def evaluate(
         parts_s=watch.spent,
         environment=describe_environment(device),
     )
-    return report, [record for of_way in records.values() for record in of_way]
+    return Evaluation(
+        report=report,
+        answers=tuple(record for of_way in records.values() for record in of_way),
+        passages=() if drift is None else drift.passages,
+    )
 
 
 def _measure(

@@ -9,24 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel
 
 from locft.config import RunConfig
 from locft.data.edits import EditFile
 from locft.data.encode import Codec, Encoded
 from locft.data.gather import check_tokens, gather_edits, say_warnings
-from locft.evaluation.drift import TOKENS_PER_PASS, cut_windows, read_neutral_text
+from locft.evaluation.drift import TOKENS_PER_PASS, NeutralText, cut_windows, read_neutral_text
 from locft.evaluation.generate import MAX_NEW_TOKENS, decoding_stages
 from locft.evaluation.scoring import prompts_of
-from locft.evaluation.subject import load_codec
-from locft.model.load import choose_device, dtype_name, outline_model
-from locft.model.location import parse_location, resolve_location
+from locft.evaluation.subject import Subject, load_codec
+from locft.model.load import choose_device, context_tokens, dtype_name, outline_model
+from locft.model.location import Location, parse_location, resolve_location
 from locft.model.packing import PrefixTree, merge_prefixes
+from locft.model.structure import find_layers
 from locft.publish import refuse_taken
+from locft.report.schema import PlannedCost
 from locft.report.words import counted
 from locft.train.cache import TOKENS_PER_PASS as CACHE_TOKENS_PER_PASS
 from locft.train.calibrate import measure_rates
 from locft.train.cost import (
     Disk,
+    ModelSize,
     Pass,
     Phase,
     Rates,
@@ -41,6 +46,19 @@ from locft.train.outline import size_model
 from locft.types import Edit
 
 _STORED_BYTES = {"float64": 8, "float32": 4}  # in a checkpoint; all other dtypes have 2
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """What a run would do on this machine: its work, how fast that goes, and what it comes to."""
+
+    size: ModelSize
+    tuned: Tuned
+    schedule: Schedule
+    work: Work
+    compute_dtype: str
+    rates: tuple[Rates, Rates]
+    phases: tuple[Phase, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +112,11 @@ class Plan:
     disk: Disk
     free_disk_bytes: int
     rates: tuple[Rates, Rates]
+
+    @property
+    def cost(self) -> PlannedCost:
+        """The same as a report has it."""
+        return _cost(self.phases, self.epochs_at_most)
 
     @property
     def wall_s(self) -> float:
@@ -162,34 +185,22 @@ def plan(
     codec, limit = load_codec(model, config)
     say_warnings(gathered, check_tokens(gathered, codec, limit), say)
     location = resolve_location(network, config.location)
-    engine = choose_engine(config, network, device)
-    size = size_model(network)
-    tuned = Tuned(layer=location.layer, module=location.module, num_parameters=location.num_parameters)
-
-    # 2. What is to be done, in tokens.
-    shapes = [network.get_parameter(name).shape for name in location.parameters]
-    schedule = choose_schedule(config, len(gathered.edits), shapes)
     encoded = [codec.encode(edit) for edit in gathered.edits]
+
+    # 2. What that comes to.
+    say(f"measuring {device} at the shapes of {counted(len(find_layers(network)), 'layer')}")
     windows = [ids for _, ids in cut_windows(codec.tokenizer, text, limit)]
-    work = _count_work(gathered.edits, encoded, schedule, codec, windows, config.eval_batch_size)
+    found = _predict(network, location, codec, gathered.edits, encoded, windows, config, device)
 
-    # 3. How fast this machine is.
-    dtype, compute_dtype = dtype_name(network.dtype), engine.compute_dtype(network)
-    say(f"measuring {device} at the shapes of {counted(len(size.layers), 'layer')}")
-    at_tuned = size.layers[location.layer]
-    running = measure_rates(size, at_tuned, (dtype, dtype), device)
-    training = running
-    if compute_dtype != dtype:
-        training = measure_rates(size, at_tuned, (dtype, compute_dtype), device)
-
-    # 4. The prediction.
+    # 3. The prediction.
+    size, schedule, work = found.size, found.schedule, found.work
     return Plan(
         model=checkpoint.name,
         architecture=type(network).__name__,
         num_parameters=size.num_parameters,
         num_layers=len(size.layers),
-        dtype=dtype,
-        compute_dtype=compute_dtype,
+        dtype=dtype_name(network.dtype),
+        compute_dtype=found.compute_dtype,
         device=str(device),
         location=location.name,
         num_tuned=location.num_parameters,
@@ -202,11 +213,79 @@ def plan(
         batch_size=schedule.batch_size,
         epochs_at_most=schedule.epochs,
         steps_at_most=schedule.epochs * len(work.steps),
-        phases=predict_phases(size, tuned, work, running, training, on_cpu=device.type == "cpu"),
-        disk=predict_disk(size, tuned, work, _STORED_BYTES.get(stored, 2)),
+        phases=found.phases,
+        disk=predict_disk(size, found.tuned, work, _STORED_BYTES.get(stored, 2)),
         free_disk_bytes=_free_bytes(Path() if output is None else Path(output)),
-        rates=(running, training),
+        rates=found.rates,
     )
+
+
+def predict_cost(
+    subject: Subject,
+    location: Location,
+    edits: Sequence[Edit],
+    encoded: Sequence[Encoded],
+    text: NeutralText,
+    config: RunConfig,
+) -> PlannedCost:
+    """Predict what a run costs whose model is in memory already, from a few seconds of work.
+
+    Args:
+        subject: The model.
+        location: What is tuned.
+        edits: The edits.
+        encoded: The same as training sees them.
+        text: What drift is measured on.
+        config: The settings of the run.
+
+    Returns:
+        The prediction for the whole run, loading included.
+    """
+    network = subject.loaded.model
+    limit = context_tokens(network.config)
+    windows = [ids for _, ids in cut_windows(subject.codec.tokenizer, text, limit)]
+    found = _predict(network, location, subject.codec, edits, encoded, windows, config, network.device)
+    return _cost(found.phases, found.schedule.epochs)
+
+
+def _cost(phases: Iterable[Phase], epochs_at_most: int) -> PlannedCost:
+    seconds = {phase.name: phase.seconds for phase in phases}
+    return PlannedCost(
+        load_s=seconds["load"],
+        cache_s=seconds["cache"],
+        train_s=seconds["train"],
+        eval_s=seconds["answer before"] + seconds["answer after"] + seconds["drift"],
+        wall_s=sum(seconds.values()),
+        peak_memory_bytes=max(phase.peak_memory_bytes for phase in phases),
+        epochs_at_most=epochs_at_most,
+    )
+
+
+def _predict(
+    network: PreTrainedModel,
+    location: Location,
+    codec: Codec,
+    edits: Sequence[Edit],
+    encoded: Sequence[Encoded],
+    windows: Sequence[Sequence[int]],
+    config: RunConfig,
+    device: torch.device,
+) -> _Prediction:
+    """Count what a run does, and measure how fast this machine is."""
+    engine = choose_engine(config, network, device)
+    size = size_model(network)
+    tuned = Tuned(layer=location.layer, module=location.module, num_parameters=location.num_parameters)
+    shapes = [network.get_parameter(name).shape for name in location.parameters]
+    schedule = choose_schedule(config, len(edits), shapes)
+    work = _count_work(edits, encoded, schedule, codec, windows, config.eval_batch_size)
+    dtype, compute_dtype = dtype_name(network.dtype), engine.compute_dtype(network)
+    at_tuned = size.layers[location.layer]
+    running = measure_rates(size, at_tuned, (dtype, dtype), device)
+    training = running
+    if compute_dtype != dtype:
+        training = measure_rates(size, at_tuned, (dtype, compute_dtype), device)
+    phases = predict_phases(size, tuned, work, running, training, on_cpu=device.type == "cpu")
+    return _Prediction(size, tuned, schedule, work, compute_dtype, (running, training), phases)
 
 
 def _count_work(

@@ -1,10 +1,12 @@
 """How figures are worded, the same in every report and on the terminal."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
-from locft.types import Figure, Scores
+from locft.types import Figure
 
 _NUM_NAMED = 4
+_JOINERS = "\u200c\u200d"
 
 SCORE_NAMES = ("reliability", "generalization", "locality", "drift")
 # The names of each protocol's scores, without loading what measures them.
@@ -48,19 +50,52 @@ def change_text(figure: Figure) -> str:
     return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
 
 
-def verdict(scores: Scores, num_edits: int) -> str:
-    """Say in one line what the edits did, the harm as plainly as the success."""
-    taken = round((scores.reliability.value or 0) * scores.reliability.num)
-    parts = [f"{taken:,} of {num_edits:,} edits took"]
-    if scores.generalization.value is not None:
-        parts.append(f"{100 * scores.generalization.value:.0f}% of rephrases follow")
-    if scores.locality.value is not None:
-        parts.append(
-            f"{100 * (1 - scores.locality.value):.0f}% of other prompts are answered differently"
-        )
-    if scores.drift.value is not None:
-        parts.append(f"predictions on neutral text moved by {scores.drift.value:.3f} nats per token")
-    return "; ".join(parts) + "."
+def verdict(scores: Mapping[str, Figure], num_edits: int, *, by_answers: bool = True) -> str:
+    """Say in one line what the edits did, the harm as plainly as the success.
+
+    Args:
+        scores: By name, drift included where it was measured.
+        num_edits: How many edits there are.
+        by_answers: Whether the scores count answers; else they are only named.
+    """
+    parts = []
+    for name, figure in scores.items():
+        value = figure.value
+        if value is None:
+            continue
+        if name == "drift":
+            parts.append(f"predictions on neutral text moved by {value:.3f} nats per token")
+        elif not by_answers:
+            parts.append(f"{name} {100 * value:.0f}%")
+        elif name == "reliability":
+            parts.append(f"{round(value * figure.num):,} of {num_edits:,} edits took")
+        elif name == "generalization":
+            parts.append(f"{100 * value:.0f}% of rephrases follow")
+        elif name == "locality":
+            parts.append(f"{100 * (1 - value):.0f}% of other prompts are answered differently")
+    return "; ".join(parts or ["nothing was measured"]) + "."
+
+
+def one_line(text: str, limit: int | None = 200) -> str:
+    """Show any text in one line: nothing steers whoever displays it, and nothing is endless.
+
+    Args:
+        text: The text.
+        limit: How many characters are shown at most; None for all.
+
+    Returns:
+        The text with white space as single spaces where it would break the line, and with whatever else
+        cannot be seen, such as what turns the direction of writing, as a JSON escape. What joins and
+        parts letters (U+200C, U+200D) stays, as scripts and emoji need it.
+    """
+    flat = "".join(map(_seen, text))
+    return flat if limit is None or len(flat) <= limit else f"{flat[: limit - 1]}…"
+
+
+def _seen(character: str) -> str:
+    if character.isprintable() or character in _JOINERS:
+        return character
+    return " " if character.isspace() else json.dumps(character)[1:-1]
 
 
 def counted(num: int, noun: str, plural: str | None = None) -> str:

@@ -14,7 +14,10 @@ from locft.model.location import Location
 from locft.model.split import Split
 from locft.progress import progress
 from locft.train.cache import PrefixCache
-from locft.train.objective import LossMean, target_loss
+from locft.train.objective import LossMean, predicted_share, target_loss
+from locft.types import Epoch
+
+_NUM_FIFTHS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +56,6 @@ class Engine:
     def compute_dtype(self, model: PreTrainedModel) -> str:
         """Name the dtype of the products in a model's tail."""
         return "bfloat16" if self.in_bfloat16 else dtype_name(model.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """What one epoch did: its number from 1, steps, mean loss over the examples (nats)."""
-
-    epoch: int
-    steps: int
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -118,6 +112,8 @@ def train_breadth_first(
     # Fused: one pass over each matrix instead of one for every term of the update.
     optimizer = torch.optim.Adam(masters, lr=schedule.lr, fused=True)
     num_examples = cache.num_examples
+    # Of every example, as it is met.
+    success = torch.zeros(num_examples, device=cache.device)
     orders = shuffled_batches(num_examples, schedule.batch_size, schedule.seed)
     epochs: list[Epoch] = []
     with (
@@ -134,6 +130,7 @@ def train_breadth_first(
                 logits = tail(batch.packed, batch.hidden, batch.asked)
                 loss = target_loss(logits, batch.labels, batch.rows, schedule.loss_mean)
                 value = loss.item()
+                success[indices] = predicted_share(logits.detach(), batch.labels, batch.rows)
                 _require_finite("loss", torch.tensor(value), place)
                 loss.backward()  # type: ignore[no-untyped-call]
                 for name, parameter, master in zip(location.parameters, tuned, masters, strict=True):
@@ -154,6 +151,7 @@ def train_breadth_first(
                     epoch=len(epochs) + 1,
                     steps=len(batches),
                     loss=total / num_examples,
+                    success=tuple(part.mean().item() for part in _fifths(success)),
                 )
             )
             on_epoch(epochs[-1])
@@ -179,6 +177,15 @@ def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> Iterator[
     while True:
         order = torch.randperm(num_examples, generator=shuffler).tolist()
         yield [order[i : i + batch_size] for i in range(0, num_examples, batch_size)]
+
+
+def fifths_of(num_examples: int) -> tuple[int, ...]:
+    """Count the examples of each fifth; fewer than five are parts of one each."""
+    return tuple(len(part) for part in _fifths(torch.empty(num_examples)))
+
+
+def _fifths(of_examples: Tensor) -> tuple[Tensor, ...]:
+    return torch.tensor_split(of_examples, min(_NUM_FIFTHS, len(of_examples)))
 
 
 @contextmanager

@@ -36,6 +36,23 @@ def target_loss(logits: Tensor, labels: Tensor, rows: Tensor, mean: LossMean) ->
     return loss
 
 
+def predicted_share(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Tell how much of each example's target is predicted, token by token.
+
+    Args:
+        logits: (M, V) at the positions that predict a target token.
+        labels: (M,) the target tokens.
+        rows: (M,) which example of the batch each belongs to; every example has one at least.
+
+    Returns:
+        (B,) float32: the share of each example's target tokens that no other token outscores.
+    """
+    # The most, not its place: to find that takes twenty times as long.
+    is_right = logits.gather(1, labels[:, None])[:, 0] >= logits.amax(dim=1)
+    counts = torch.bincount(rows)
+    return torch.bincount(rows, weights=is_right.float(), minlength=len(counts)) / counts
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Logits (M, V), labels (M,) and the labels' shares (M,) to the weighted sum of cross-entropies.
 

@@ -17,11 +17,11 @@ from locft.evaluation.protocols import (
     refuse_without_old,
     wild,
 )
-from locft.evaluation.scoring import KINDS, AnswerRecord, Item, items_of
+from locft.evaluation.scoring import Item, items_of
 from locft.provenance import count_causes, describe_scores
 from locft.report.schema import ProtocolScores
 from locft.report.words import PROTOCOL_SCORES
-from locft.types import Edit
+from locft.types import KINDS, AnswerRecord, Edit
 
 EDITS = (
     Edit(

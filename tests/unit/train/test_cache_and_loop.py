@@ -22,8 +22,9 @@ from locft.train import cache as cache_module
 from locft.train import defaults, loop, objective
 from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine, choose_schedule
-from locft.train.loop import Engine, Epoch, Schedule, Trained, train_breadth_first
+from locft.train.loop import Engine, Schedule, Trained, train_breadth_first
 from locft.train.objective import LossMean, target_loss
+from locft.types import Epoch
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 # Prompt and target lengths that differ, among them the shortest there may be.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol as Interface
 
 from locft.evaluation.likelihood import Continuation, Pair
-from locft.evaluation.scoring import KINDS, Item, Kind, Result
+from locft.evaluation.scoring import Item, Result
+from locft.types import KINDS, Kind
 
 PLAIN_NAMES: Mapping[Kind, str] = {kind: kind for kind in KINDS}
 """Scores that are called what their items measure."""

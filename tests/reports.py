@@ -1,0 +1,260 @@
+"""Reports made on the spot, with one text of a user in every field that may hold one."""
+
+import dataclasses
+from typing import Any
+
+from locft.report.schema import (
+    SCHEMA_VERSION,
+    Cost,
+    DriftInfo,
+    EditReport,
+    EditsInfo,
+    EndpointInfo,
+    Environment,
+    EvalCost,
+    EvalReport,
+    JudgeInfo,
+    LocationInfo,
+    MatrixInfo,
+    ModelInfo,
+    PlannedCost,
+    Protocol,
+    ProtocolScores,
+    TrainingInfo,
+)
+from locft.types import (
+    AnswerRecord,
+    CapabilityScores,
+    Cause,
+    Epoch,
+    Figure,
+    Kind,
+    MovedPassage,
+    PassageDrift,
+    Scores,
+    TaskScores,
+)
+
+BY_DEFINITION = "by definition: the unedited model is compared with itself"
+NONE = Figure(value=None, num=0, reason="the edits hold none")
+SCORES = Scores(
+    reliability=Figure(value=0.97, num=200, low=0.936, high=0.986),
+    generalization=Figure(value=0.5, num=60, low=0.377, high=0.623),
+    locality=Figure(value=0.75, num=40, low=0.598, high=0.858),
+    drift=Figure(value=0.0421, num=40, low=0.0391, high=0.0455),
+)
+CHANGE = Figure(value=0.97, num=200, low=0.94, high=0.99)
+BEFORE = Scores(
+    reliability=Figure(value=0.0, num=200, low=0.0, high=0.019),
+    generalization=NONE,
+    locality=Figure(value=1.0, num=40, low=1.0, high=1.0, reason=BY_DEFINITION),
+    drift=Figure(value=0.0, num=40, low=0.0, high=0.0, reason=BY_DEFINITION),
+)
+
+
+def make_report(text: str = "plain", **changes: Any) -> EditReport:
+    """Make the report of an edit run."""
+    report = EditReport(
+        schema_version=SCHEMA_VERSION,
+        model=_model(text),
+        edits=_edits(text),
+        location=LocationInfo(
+            name="2.mlp.down",
+            layer=2,
+            module="mlp.down",
+            matrices=(MatrixInfo(tensor=text, shape=(32, 64), dtype="BF16", change=0.125),),
+            num_parameters=2048,
+        ),
+        settings={"lr": "auto", "drift_text": text, "revision": None, "stop_loss": 0.01},
+        training=TrainingInfo(
+            lr=0.002,
+            batch_size=20,
+            epochs_at_most=25,
+            epochs=3,
+            steps=30,
+            final_loss=0.0091,
+            stopped_early=True,
+            fifths=(40, 40, 40, 40, 40),
+            course=(
+                Epoch(epoch=1, steps=10, loss=4.5, success=(0.1, 0.12, 0.09, 0.11, 0.08)),
+                Epoch(epoch=2, steps=10, loss=0.5, success=(0.7, 0.72, 0.69, 0.71, 0.68)),
+                Epoch(epoch=3, steps=10, loss=0.0091, success=(1.0, 0.99, 1.0, 1.0, 0.98)),
+            ),
+        ),
+        protocol=_protocol(text),
+        scores_before=BEFORE,
+        scores=SCORES,
+        change={"reliability": CHANGE},
+        causes={"reliability": {"wrong fact": 5, "empty": 1}},
+        drift=_drift(text),
+        cost=Cost(
+            seconds_per_edit=0.25,
+            load_s=1.0,
+            cache_s=10.0,
+            train_s=40.0,
+            eval_s=125.0,
+            wall_s=3725.0,
+            peak_memory_bytes=1_500_000_000,
+        ),
+        plan=PlannedCost(
+            load_s=2.0,
+            cache_s=11.0,
+            train_s=60.0,
+            eval_s=130.0,
+            wall_s=203.0,
+            peak_memory_bytes=1_600_000_000,
+            epochs_at_most=25,
+        ),
+        patch_bytes=9_400,
+        environment=_environment(text),
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def make_evaluation(text: str = "plain", **changes: Any) -> EvalReport:
+    """Make the report of an evaluation that measured everything."""
+    scores = ProtocolScores(
+        protocol=_protocol(text),
+        before={"reliability": BEFORE.reliability, "generalization": SCORES.generalization},
+        after={"reliability": SCORES.reliability, "generalization": SCORES.generalization},
+        change={"reliability": CHANGE},
+    )
+    wild = dataclasses.replace(scores, protocol=dataclasses.replace(scores.protocol, name="wild"))
+    in_chat = dataclasses.replace(scores, protocol=dataclasses.replace(scores.protocol, context="chat"))
+    task = TaskScores(
+        metric="acc",
+        num_items=60,
+        before=SCORES.locality,
+        after=SCORES.generalization,
+        change=Figure(value=-0.25, num=60, low=-0.35, high=-0.15),
+        version="1",
+        document_sha256="c" * 64,
+        settings={"num_fewshot": 0, "template": text},
+    )
+    report = EvalReport(
+        schema_version=SCHEMA_VERSION,
+        model=_model(text),
+        endpoint=None,
+        patch=text,
+        base=None,
+        edits=_edits(text),
+        protocols={"locft": scores, "wild": wild},
+        contexts={"raw": scores, "chat": in_chat},
+        judge=JudgeInfo(model=text, agreement=SCORES.locality, num_without_verdict=2),
+        causes={"reliability": {"wrong fact": 5, "empty": 1}},
+        drift=_drift(text),
+        capability=CapabilityScores(
+            tasks={text: task, "piqa": task},
+            before=SCORES.locality,
+            after=SCORES.generalization,
+            change=task.change,
+            lm_eval="0.4.13",
+            limit=60,
+            data=text,
+        ),
+        cost=EvalCost(load_s=1.0, eval_s=2.0, wall_s=3.5, peak_memory_bytes=1_000_000),
+        parts_s={"load": 1.0, "locft, raw": 2.0},
+        environment=_environment(text),
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def make_endpoint(text: str) -> EndpointInfo:
+    """Make the description of a server."""
+    return EndpointInfo(url=text, model=text)
+
+
+def make_answer(text: str = "plain", *, is_right: bool = False, **changes: Any) -> AnswerRecord:
+    """Make an answer to an edit's own prompt."""
+    cause: Cause | None = None if is_right else "wrong fact"
+    kind: Kind = "reliability"
+    record = AnswerRecord(
+        protocol="locft",
+        context="raw",
+        edit=text,
+        kind=kind,
+        prompt=text,
+        expected=text,
+        before=text,
+        after=text,
+        score_before=0.0,
+        score_after=float(is_right),
+        cause=cause,
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def make_answers(text: str = "plain") -> tuple[AnswerRecord, ...]:
+    """Make answers of every kind, right ones and wrong ones."""
+    kinds: tuple[Kind, ...] = ("reliability", "generalization", "locality")
+    return tuple(
+        make_answer(text, is_right=is_right, kind=kind) for kind in kinds for is_right in (True, False)
+    )
+
+
+def make_passages(text: str = "plain") -> tuple[PassageDrift, ...]:
+    """Make the drift of two passages."""
+    return (
+        PassageDrift(passage=1, kind=text, num_tokens=100, drift=0.05),
+        PassageDrift(passage=2, kind=text, num_tokens=300, drift=0.02),
+    )
+
+
+def _model(text: str) -> ModelInfo:
+    return ModelInfo(
+        id=text,
+        revision=None,
+        architecture="LlamaForCausalLM",
+        num_parameters=40_000,
+        num_layers=3,
+        dtype="float32",
+    )
+
+
+def _edits(text: str) -> EditsInfo:
+    return EditsInfo(
+        file=text,
+        format="locft",
+        num_edits=200,
+        num_rephrases=60,
+        num_locality=40,
+        num_dropped=1,
+        num_warnings=2,
+        file_sha256=None,
+        sha256="e" * 64,
+    )
+
+
+def _protocol(text: str) -> Protocol:
+    return Protocol(
+        name="locft",
+        rule=f"Match answers: {text}.",
+        context="raw",
+        max_new_tokens=32,
+        stop=(".", "\n"),
+        match="normalised exact match",
+        meanings={},
+    )
+
+
+def _drift(text: str) -> DriftInfo:
+    return DriftInfo(
+        text=text,
+        text_sha256="d" * 64,
+        num_tokens=22_655,
+        overall=SCORES.drift,
+        by_kind={text: SCORES.drift},
+        most_moved=(MovedPassage(passage=7, kind=text, num_tokens=41, drift=0.31, text=text),),
+    )
+
+
+def _environment(text: str) -> Environment:
+    return Environment(
+        locft="0.1.0",
+        python="3.11.7",
+        torch="2.13.0",
+        transformers="5.23.0",
+        platform=text,
+        device=text,
+        num_threads=1,
+    )
