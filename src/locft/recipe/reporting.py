@@ -10,7 +10,7 @@ from locft.evaluation.metrics import mean_per_token, paired_difference
 from locft.publish import add_files, locked, staged_folder
 from locft.recipe.run_folder import REPORT_FILE, Run, draw, read_run
 from locft.report.comparison import describe_comparison
-from locft.report.content import evaluated_name, with_drift
+from locft.report.content import evaluated_name
 from locft.report.page import Page
 from locft.report.schema import (
     SCHEMA_VERSION,
@@ -20,6 +20,7 @@ from locft.report.schema import (
     EditReport,
     to_json,
 )
+from locft.report.sections import with_drift
 from locft.report.words import PROTOCOL_SCORES
 from locft.types import KINDS, Figure, Kind
 
