@@ -15,6 +15,7 @@ from locft.report.page import Block, Page, Picture
 from locft.report.words import one_line
 
 _LONGEST_CELL = 600
+_LONGEST_WORD = 20
 
 
 def draw_html(page: Page) -> str:
@@ -28,6 +29,11 @@ def draw_html(page: Page) -> str:
     """
     template = _environment().from_string(_resource("page.html.j2"))
     return template.render(page=page, style=Markup(_resource("page.css"))) + "\n"
+
+
+def _has_long_word(text: str) -> bool:
+    """Tell whether a cell has to break a word rather than to widen its table."""
+    return max(map(len, text.split()), default=0) > _LONGEST_WORD
 
 
 def _kind(block: Block) -> str:
@@ -52,6 +58,7 @@ def _environment() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["one_line"] = lambda text: one_line(text, limit=_LONGEST_CELL)
+    environment.filters["has_long_word"] = _has_long_word
     environment.filters["picture"] = Markup
     environment.filters["kind"] = _kind
     environment.filters["beside_each_other"] = _beside_each_other
