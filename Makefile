@@ -10,14 +10,15 @@ DEMO_QUESTIONS := "Marie Curie was born in the city of" "Tourists travel to Veni
 	"The badge of Lamborghini shows a charging"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check clean
+.PHONY: help install demo screenshots test lint check clean
 
 help:
-	@echo "make demo     install, fetch the embedded model, edit 60 facts in it, show what came of it"
-	@echo "make test     install, run the tests"
-	@echo "make lint     check formatting, lint, types and import layers"
-	@echo "make check    make lint and make test"
-	@echo "make clean    remove the virtual environment and the demo run"
+	@echo "make demo         install, fetch the embedded model, edit 60 facts in it, show what came of it"
+	@echo "make screenshots  make demo, take the pictures of its report in docs/pictures (needs Chromium)"
+	@echo "make test         install, run the tests"
+	@echo "make lint         check formatting, lint, types and import layers"
+	@echo "make check        make lint and make test"
+	@echo "make clean        remove the virtual environment and the demo run"
 
 # One stamp for the whole environment: pip runs again only if what it installs has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,6 +35,11 @@ demo: install
 	$(BIN)/locft edit demo demo -o $(RUN) $(DEMO_FLAGS)
 	@echo "== asking the model before and after"
 	$(BIN)/locft ask demo --patch $(RUN) $(DEMO_QUESTIONS)
+
+screenshots: demo
+	@echo "== taking pictures of the demo's report in Chromium"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[browser]'
+	$(BIN)/python bench/screenshots.py $(RUN)
 
 test: install
 	@echo "== running the tests"

@@ -5,7 +5,10 @@ from typing import Any
 
 from locft.report.schema import (
     SCHEMA_VERSION,
+    ComparedRun,
+    ComparisonReport,
     Cost,
+    Difference,
     DriftInfo,
     EditReport,
     EditsInfo,
@@ -155,6 +158,60 @@ def make_evaluation(text: str = "plain", **changes: Any) -> EvalReport:
         cost=EvalCost(load_s=1.0, eval_s=2.0, wall_s=3.5, peak_memory_bytes=1_000_000),
         parts_s={"load": 1.0, "locft, raw": 2.0},
         environment=_environment(text),
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def make_compared(name: str, text: str = "plain", **changes: Any) -> ComparedRun:
+    """Make an edit run among others."""
+    run = ComparedRun(
+        name=name,
+        folder=text,
+        kind="edit",
+        subject=text,
+        location="2.mlp.down",
+        num_edits=200,
+        edits_sha256="e" * 64,
+        protocol="locft",
+        context="raw",
+        scores=dict(vars(SCORES)),
+        reason=None,
+        seconds_per_edit=0.25,
+        wall_s=3725.0,
+        peak_memory_bytes=1_500_000_000,
+        patch_bytes=9_400,
+        settings={"lr": text, "revision": None},
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def make_comparison(text: str = "plain", **changes: Any) -> ComparisonReport:
+    """Make a comparison of two runs, the second of which carries further and harms more."""
+    further = {
+        **vars(SCORES),
+        "generalization": Figure(value=0.7, num=60, low=0.575, high=0.801),
+        "drift": Figure(value=0.0633, num=40, low=0.0601, high=0.0668),
+    }
+    changed = {
+        "reliability": Figure(value=-0.01, num=200, low=-0.035, high=0.015),
+        "generalization": Figure(value=0.2, num=60, low=0.083, high=0.317),
+        "locality": Figure(value=None, num=0, reason="the runs have no item in common"),
+        "drift": Figure(value=0.0212, num=40, low=0.0187, high=0.0239),
+    }
+    differences = tuple(
+        Difference(
+            run="B",
+            score=name,
+            figure=figure,
+            num_items=getattr(SCORES, name).num,
+            num_items_first=getattr(SCORES, name).num,
+        )
+        for name, figure in changed.items()
+    )
+    report = ComparisonReport(
+        schema_version=SCHEMA_VERSION,
+        runs=(make_compared("A", text), make_compared("B", text, scores=further)),
+        differences=differences,
     )
     return dataclasses.replace(report, **changes)
 

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from locft.errors import LocftError
 from locft.patch.format import read_patch
 from locft.patch.rewrite import opened_in_place
 from locft.publish import reserved, staged_folder
-from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
+from locft.recipe import run_folder
+from locft.recipe.run_folder import TRAINING_FILE, Run, draw, save_scored, save_trained
 from locft.types import Edit
+
+_RUN = Run(Path(), make_report(), make_answers(), make_passages())
 
 _EDIT = Edit(id="1", prompt="The sky is", target="green", rephrases=("Above us is",))
 
@@ -47,6 +51,7 @@ def serve(connection: socket.socket) -> None:
     """
     parser.build_parser = functools.cache(parser.build_parser)  # a third of a command's time
     parser.build_parser()
+    _draw_beforehand()
     gc.disable()
     gc.freeze()
     for line in connection.makefile("r"):
@@ -65,6 +70,13 @@ def serve(connection: socket.socket) -> None:
             os.kill(pid, signal.SIGKILL)
         _, code = os.waitpid(pid, 0)
         _tell(connection, signal=os.WTERMSIG(code), wall_s=time.perf_counter() - start)
+
+
+def _draw_beforehand() -> None:
+    """Draw the report once, for all children: it takes long, and fills matplotlib's cache of fonts."""
+    page = _RUN.page()
+    files = draw(page)
+    vars(run_folder).update(describe_edit=lambda *_: page, draw=lambda _: files)
 
 
 def _tell(connection: socket.socket, **fields: object) -> None:
@@ -112,7 +124,7 @@ def _save_edit(run: str, patch: str) -> None:
                     log.write(json.dumps({"epoch": epoch}) + "\n")
                     log.flush()
             save_trained(staging, read_patch(patch), [_EDIT], RunConfig())
-        save_scored(Run(folder, make_report(), make_answers(), make_passages()))
+        save_scored(replace(_RUN, folder=folder))
 
 
 def _recover(folder: str) -> None:

@@ -121,6 +121,8 @@ class Driver:
         self._socket.settimeout(_TIMEOUT_S)
         hidden = ("COV_CORE", "COVERAGE", "PYTHONWARNINGS")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+        shared = str(Path(__file__).parents[1])  # where what tests share is
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (shared, os.environ.get("PYTHONPATH"))))
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-B", str(Path(__file__).with_name("driver.py"))],

@@ -148,7 +148,8 @@ def test_manifest_and_report_come_last(benches: Callable[[Operation], Bench]) ->
     disk = Disk()
     disk.follow(benches(edit).traced.calls)
     names = [Path(path).name for path in disk.published]
-    assert names == ["run", "answers.jsonl", "report.md", "report.json"]
+    scores = ["answers.jsonl", "drift.jsonl", "report.md", "report.html", "report.json"]
+    assert names == ["run", *scores]
     in_place = next(operation for operation in OPERATIONS if "two shards" in operation.name)
     disk = Disk()
     disk.follow(benches(in_place).traced.calls)

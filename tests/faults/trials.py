@@ -254,7 +254,7 @@ class Bench:
             _compare(tree, expected)
 
 
-_SCORES = ("answers.jsonl", "report.md", "report.json")
+_SCORES = ("answers.jsonl", "drift.jsonl", "report.md", "report.html", "report.json")
 
 
 @contextmanager

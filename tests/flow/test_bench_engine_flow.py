@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,23 +89,6 @@ def test_a_taken_folder_is_refused_before_anything_is_measured(
     assert "round" not in capsys.readouterr().err
 
 
-def test_without_matplotlib_one_line_says_what_a_picture_needs(
-    model_folder: Path,
-    edits: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    words = ["bench", "engine", str(model_folder), edits, *SHORT, *OURS, "-o"]
-    monkeypatch.setattr("locft.cli.bench.find_spec", lambda name: None)
-    assert main([*words, str(tmp_path / "plain")]) == 0
-    assert "pip install 'locft[bench]'" in capsys.readouterr().err
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"engine.json"}
-
-
-@pytest.mark.skipif(
-    find_spec("matplotlib") is None, reason="matplotlib is not installed: pip install 'locft[bench]'"
-)
 def test_a_picture_shows_every_variant(model_folder: Path, edits: str, tmp_path: Path) -> None:
     folder = tmp_path / "drawn"
     words = ["bench", "engine", str(model_folder), edits, *SHORT, *OURS, "-o", str(folder)]

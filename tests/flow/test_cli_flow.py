@@ -88,6 +88,7 @@ def test_edit_prints_tables(
     assert "2 of 2 edits took" in out
     assert "changed 0: model.layers.0." in out
     assert f"patch: {run}/patch (" in " ".join(out.split())
+    assert f"report: {run}/report.html" in " ".join(out.split())
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 120
 

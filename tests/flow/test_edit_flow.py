@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ import locft
 from locft.checkpoint import read_checkpoint
 from locft.config import read_config
 from locft.errors import EditsError, InputError, LocationError, PatchError, TrainingError
-from locft.recipe.evaluate import evaluate
+from locft.recipe.evaluate import Evaluation, evaluate
+from locft.recipe.run_folder import draw, read_run
 from locft.report.schema import EditReport, EvalReport, to_json
 from locft.tensorfile import read_tensor
 from locft.train.objective import target_loss
-from locft.types import Edit, Figure, Scores
+from locft.types import Edit, Figure, PassageDrift, Scores
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -49,8 +51,10 @@ RECORDS: list[dict[str, Any]] = [
 TEXT = "The river begins in Vienna.\n\nWhat does the painter play? Tennis, and chess.\n\nOslo is a city."
 RUN_FILES = [
     "answers.jsonl",
+    "drift.jsonl",
     "edits.jsonl",
     "patch",
+    "report.html",
     "report.json",
     "report.md",
     "run.toml",
@@ -119,6 +123,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
+def lines_of(found: Evaluation) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(passage) for passage in found.passages]
+
+
 def some_edits() -> list[Edit]:
     return [Edit(id="1", prompt="The capital of France is", target="Rome")]
 
@@ -182,6 +190,135 @@ def test_the_training_log_has_a_line_for_each_epoch_and_the_loss_falls(run: Run)
     assert {epoch["steps"] for epoch in epochs} == {2}
     assert epochs[-1]["loss"] == run.report.training.final_loss
     assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.1
+
+
+def test_the_training_log_holds_what_the_report_has_of_it(run: Run) -> None:
+    training = run.report.training
+    course = [{**dataclasses.asdict(epoch), "success": list(epoch.success)} for epoch in training.course]
+    assert read_lines(run.folder / "train.jsonl") == course
+    assert len(course) == training.epochs
+    assert sum(epoch.steps for epoch in training.course) == training.steps
+    assert training.fifths == (1, 1, 1)
+    assert training.course[-1].success == (1.0, 1.0, 1.0)
+    assert max(training.course[0].success) < 1
+
+
+def test_measuring_success_changes_no_byte_of_the_patch(
+    model_folder: Path,
+    edits_file: Path,
+    quick: locft.RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    locft.edit(str(model_folder), edits_file, tmp_path / "measured", quick)
+
+    def nothing(logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(int(rows[-1]) + 1)
+
+    monkeypatch.setattr("locft.train.loop.predicted_share", nothing)
+    report = locft.edit(str(model_folder), edits_file, tmp_path / "not", quick)
+    assert {epoch.success for epoch in report.training.course} == {(0.0, 0.0, 0.0)}
+    assert contents(tmp_path / "not" / "patch") == contents(tmp_path / "measured" / "patch")
+
+
+def test_the_drift_on_disk_bears_out_the_figures(run: Run) -> None:
+    passages = [PassageDrift(**line) for line in read_lines(run.folder / "drift.jsonl")]
+    drift = run.report.drift
+    assert [passage.passage for passage in passages] == [1, 2, 3]
+    assert {passage.kind for passage in passages} == {"text"}
+    assert sum(passage.num_tokens for passage in passages) == drift.num_tokens
+    total = sum(passage.drift * passage.num_tokens for passage in passages)
+    assert total / drift.num_tokens == pytest.approx(drift.overall.value)
+    farthest = sorted(passages, key=lambda passage: -passage.drift)
+    told = [{**dataclasses.asdict(passage), "text": ""} for passage in farthest]
+    assert [{**dataclasses.asdict(moved), "text": ""} for moved in drift.most_moved] == told
+    texts = TEXT.split("\n\n")
+    assert [moved.text for moved in drift.most_moved] == [texts[one.passage - 1] for one in farthest]
+
+
+class _Parts(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_needs_no_other_file_and_names_every_score(run: Run) -> None:
+    html = (run.folder / "report.html").read_text("utf-8")
+    parts = _Parts(html)
+    tags = {tag for tag, _ in parts.tags}
+    assert {"html", "style", "svg", "table"} <= tags
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "audio"}
+    for tag, attributes in parts.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "srcset", "href", "xlink:href", "action", "data", "poster"):
+                assert (value or "").startswith("#"), (tag, name, value)
+            elif not name.startswith("xmlns"):
+                assert "//" not in (value or ""), (tag, name, value)
+    assert "@import" not in html
+    assert all(part.startswith("#") for part in html.split("url(")[1:])
+    text = " ".join(parts.texts)
+    report = json.loads((run.folder / "report.json").read_bytes())
+    for name, figure in report["scores"].items():
+        assert name in text
+        value = figure["value"]
+        assert (f"{value:.4f}" if name == "drift" else f"{100 * value:.1f}%") in text
+    for record in RECORDS:
+        assert record["prompt"] in text
+        assert record["target"] in text
+    for moved in report["drift"]["most_moved"]:
+        assert moved["text"] in text
+    assert "3 of 3 edits took" in text
+
+
+def test_the_pages_are_drawn_from_what_else_stands_in_the_folder(run: Run) -> None:
+    again = read_run(run.folder)
+    assert again.report == run.report
+    assert again.evaluations == ()
+    for name, data in draw(again.page()).items():
+        assert (run.folder / name).read_bytes() == data
+
+
+def test_a_short_run_is_not_predicted_and_a_long_one_is_with_the_same_patch(
+    model_folder: Path,
+    edits_file: Path,
+    quick: locft.RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("locft.recipe.edit._WORTH_PLANNING_S", 1e9)
+    unplanned = locft.edit(str(model_folder), edits_file, tmp_path / "unplanned", quick)
+    assert unplanned.plan is None
+    monkeypatch.setattr("locft.recipe.edit._WORTH_PLANNING_S", 0.0)
+    said: list[str] = []
+    torch.manual_seed(5)
+    report = locft.edit(str(model_folder), edits_file, tmp_path / "planned", quick, say=said.append)
+    planned = report.plan
+    assert planned is not None
+    assert min(dataclasses.astuple(planned)) > 0
+    assert planned.epochs_at_most == report.training.epochs_at_most == 2
+    parts = planned.load_s + planned.cache_s + planned.train_s + planned.eval_s
+    assert planned.wall_s == pytest.approx(parts)
+    assert "; at most " in said[2]
+    assert contents(tmp_path / "planned" / "patch") == contents(tmp_path / "unplanned" / "patch")
+    assert report.scores == unplanned.scores
+    # What it takes to predict is part of the run, and of none of its phases.
+    spent = report.cost.load_s + report.cost.cache_s + report.cost.train_s + report.cost.eval_s
+    assert spent < report.cost.wall_s
+    shown = json.loads((tmp_path / "planned" / "report.json").read_bytes())["plan"]
+    assert shown == dataclasses.asdict(planned)
+    assert json.loads((tmp_path / "unplanned" / "report.json").read_bytes())["plan"] is None
 
 
 def test_the_answers_on_disk_bear_out_the_scores(run: Run) -> None:
@@ -248,7 +385,8 @@ def test_scores_are_those_of_the_patch_and_of_the_edited_checkpoint(
     run: Run, edits_file: Path, config: locft.RunConfig, tmp_path: Path
 ) -> None:
     plain = locft.RunConfig(drift_text=config.drift_text)
-    report, records = evaluate(str(run.model), edits_file, run.folder, config=plain)
+    found = evaluate(str(run.model), edits_file, run.folder, config=plain)
+    report, records = found.report, found.answers
     assert scores_of(report) == run.report.scores
     assert report.protocols["locft"].before == before_of(run.report)
     assert report.protocols["locft"].change == run.report.change
@@ -256,9 +394,12 @@ def test_scores_are_those_of_the_patch_and_of_the_edited_checkpoint(
     answers = read_lines(run.folder / "answers.jsonl")
     assert [dataclasses.asdict(record) for record in records] == answers
     assert report.patch == str(run.folder)
+    assert lines_of(found) == read_lines(run.folder / "drift.jsonl")
+    assert report.drift == run.report.drift
 
     locft.apply_patch(run.model, locft.read_patch(run.folder / "patch"), tmp_path / "edited")
-    report, records = evaluate(str(tmp_path / "edited"), edits_file, base=str(run.model), config=plain)
+    found = evaluate(str(tmp_path / "edited"), edits_file, base=str(run.model), config=plain)
+    report, records = found.report, found.answers
     scores = scores_of(report)
     assert dataclasses.replace(scores, drift=run.report.scores.drift) == run.report.scores
     assert scores.drift.value == pytest.approx(run.report.scores.drift.value, rel=1e-5)
@@ -313,7 +454,8 @@ def test_an_empty_question_is_refused(run: Run, prompts: list[str]) -> None:
 
 
 def test_without_a_base_locality_and_drift_are_not_measured(run: Run, edits_file: Path) -> None:
-    report, records = evaluate(str(run.model), edits_file)
+    found = evaluate(str(run.model), edits_file)
+    report, records = found.report, found.answers
     scores = report.protocols["locft"]
     assert scores.after["reliability"] == run.report.scores_before.reliability
     figure = scores.after["locality"]
@@ -321,6 +463,7 @@ def test_without_a_base_locality_and_drift_are_not_measured(run: Run, edits_file
     assert figure.reason is not None
     assert "--base" in figure.reason
     assert (report.drift, scores.before, report.base, report.patch) == (None, None, None, None)
+    assert found.passages == ()
     of_locality = [record for record in records if record.kind == "locality"]
     assert all(record.expected is None and record.score_after is None for record in of_locality)
     assert all(record.before is None for record in records)
@@ -352,7 +495,8 @@ def test_a_base_with_another_vocabulary_gives_no_drift_but_all_other_scores(
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "other")
-    report, _ = evaluate(str(run.model), edits_file, base=str(tmp_path / "other"))
+    found = evaluate(str(run.model), edits_file, base=str(tmp_path / "other"))
+    report = found.report
     scores = scores_of(report)
     assert scores.drift.value is None
     assert "different vocabularies" in (scores.drift.reason or "")
@@ -394,11 +538,11 @@ def test_a_patch_is_asked_in_the_format_that_it_was_trained_in(
 ) -> None:
     chat = dataclasses.replace(config, format="chat")
     run = locft.edit(str(model_folder), edits_file, tmp_path / "run", chat)
-    report, _ = evaluate(str(model_folder), edits_file, tmp_path / "run")
+    report = evaluate(str(model_folder), edits_file, tmp_path / "run").report
     scores = report.protocols["locft"]
     assert scores.protocol.context == "chat"
     assert scores.after["reliability"] == run.scores.reliability
-    raw, _ = evaluate(str(model_folder), edits_file, tmp_path / "run", config=config)
+    raw = evaluate(str(model_folder), edits_file, tmp_path / "run", config=config).report
     assert raw.protocols["locft"].protocol.context == "raw"
 
 
@@ -524,8 +668,8 @@ def test_every_family_goes_through_the_whole_flow(
     assert patch.manifest.location.name == location
     assert all(".1." in name for name in patch.tensors)
     locft.apply_patch(folder, patch, tmp_path / "edited")
-    again, _ = evaluate(str(tmp_path / "edited"), edits_file, base=str(folder), config=settings)
-    scores = scores_of(again)
+    again = evaluate(str(tmp_path / "edited"), edits_file, base=str(folder), config=settings)
+    scores = scores_of(again.report)
     assert scores.reliability == report.scores.reliability
     assert scores.locality == report.scores.locality
     assert scores.drift.value == pytest.approx(report.scores.drift.value, rel=1e-4)
@@ -566,12 +710,12 @@ def test_chat_format_trains_and_scores_inside_the_template(
     report = locft.edit(str(model_folder), edits_file, tmp_path / "run", chat)
     assert report.protocol.context == "chat"
     assert report.scores.reliability.value == 1.0
-    again, _ = evaluate(str(model_folder), edits_file, tmp_path / "run", config=chat)
-    assert scores_of(again) == report.scores
-    raw, records = evaluate(str(model_folder), edits_file, tmp_path / "run", config=config)
-    assert raw.protocols["locft"].protocol.context == "raw"
+    again = evaluate(str(model_folder), edits_file, tmp_path / "run", config=chat)
+    assert scores_of(again.report) == report.scores
+    raw = evaluate(str(model_folder), edits_file, tmp_path / "run", config=config)
+    assert raw.report.protocols["locft"].protocol.context == "raw"
     answers = [record["before"] for record in read_lines(tmp_path / "run" / "answers.jsonl")]
-    assert [record.before for record in records] != answers
+    assert [record.before for record in raw.answers] != answers
     # The turn's end was learnt, not the tokenizer's end of text.
     tokenizer = make_tokenizer()
     locft.apply_patch(model_folder, locft.read_patch(tmp_path / "run" / "patch"), tmp_path / "edited")
@@ -631,7 +775,7 @@ def test_a_stop_during_training_leaves_nothing_behind(
 
 @pytest.mark.parametrize(
     "step",
-    ["edit.read_patch", "edit.drift_of_values", "edit.describe_drift", "run_folder.draw_markdown"],
+    ["edit.read_patch", "edit.drift_of_values", "edit.describe_drift", "run_folder.draw_html"],
 )
 def test_a_stop_after_the_patch_keeps_it_and_what_it_was_trained_with(
     step: str,

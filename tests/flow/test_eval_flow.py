@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from locft.data.contexts import CONTEXTS
 from locft.errors import ConfigError, InputError
 from locft.evaluation.protocols import PROTOCOLS
 from locft.recipe.evaluate import Measures, evaluate
+from locft.recipe.run_folder import draw, read_run
 from locft.report.schema import EvalReport
 
 RECORDS: list[dict[str, Any]] = [
@@ -35,6 +37,7 @@ RECORDS: list[dict[str, Any]] = [
         "locality": ["Where does the river begin?"],
     },
 ]
+FILES = {"answers.jsonl", "report.html", "report.json", "report.md"}
 ALL = Measures(protocols=tuple(PROTOCOLS), contexts=tuple(CONTEXTS))
 
 
@@ -63,8 +66,7 @@ def run(model_folder: Path, edits: Path, text: str, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="module")
 def report(model_folder: Path, edits: Path, run: Path, text: str) -> EvalReport:
     config = locft.RunConfig(drift_text=text)
-    found, _ = evaluate(str(model_folder), edits, run, config=config, measures=ALL)
-    return found
+    return evaluate(str(model_folder), edits, run, config=config, measures=ALL).report
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_all_protocols_are_measured_at_once_and_each_alone_gives_the_same(
     config = locft.RunConfig(drift_text=text, eval_batch_size=2)
     for name, scores in report.protocols.items():
         measures = Measures(protocols=(name,))
-        alone, _ = evaluate(str(model_folder), edits, run, config=config, measures=measures)
+        alone = evaluate(str(model_folder), edits, run, config=config, measures=measures).report
         assert alone.protocols == {name: scores}
         assert alone.drift == report.drift
         assert (alone.contexts, alone.judge, alone.endpoint) == ({}, None, None)
@@ -132,9 +134,9 @@ def test_contexts_are_a_matrix_of_what_an_edit_carries(report: EvalReport) -> No
 def test_contexts_alone_take_the_default_protocol(model_folder: Path, edits: Path, text: str) -> None:
     measures = Measures(protocols=("likelihood",), contexts=("qa",))
     config = locft.RunConfig(drift_text=text)
-    report, records = evaluate(str(model_folder), edits, config=config, measures=measures)
-    assert report.contexts["qa"].protocol.name == "locft"
-    assert {(record.protocol, record.context) for record in records} == {
+    found = evaluate(str(model_folder), edits, config=config, measures=measures)
+    assert found.report.contexts["qa"].protocol.name == "locft"
+    assert {(record.protocol, record.context) for record in found.answers} == {
         ("likelihood", "raw"),
         ("locft", "qa"),
     }
@@ -190,9 +192,64 @@ def test_eval_shows_protocols_contexts_failures_and_writes_a_folder(
     assert sum(sum(causes.values()) for causes in written["causes"].values()) == len(
         [record for record in failures if record["context"] == "raw"]
     )
+    assert {path.name for path in folder.iterdir()} == FILES | {"drift.jsonl"}
+    drift = [json.loads(line) for line in (folder / "drift.jsonl").read_text().splitlines()]
+    assert [passage["passage"] for passage in drift] == [1, 2]
+    assert sum(passage["num_tokens"] for passage in drift) == written["drift"]["num_tokens"]
     # What is there is not written over, and nothing is asked first.
     assert main([*words, "-o", str(folder)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_evaluation_is_drawn_from_what_else_it_holds(
+    model_folder: Path, edits: Path, run: Path, text: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "evaluation"
+    words = ["eval", str(model_folder), str(edits), "--patch", str(run), "--drift-text", text]
+    assert (
+        main([*words, "--protocols", "locft,likelihood", "--contexts", "raw,qa", "-o", str(folder)]) == 0
+    )
+    again = read_run(folder)
+    assert isinstance(again.report, EvalReport)
+    page = again.page()
+    for name, data in draw(page).items():
+        assert (folder / name).read_bytes() == data
+    titles = {section.title for section in page.sections if section.blocks}
+    assert {"Scores by protocol", "How far the edits carry", "Drift", "Answers", "Cost"} <= titles
+    for name in ("report.md", "report.html"):
+        drawn = (folder / name).read_text("utf-8")
+        for protocol in again.report.protocols.values():
+            assert all(score in drawn for score in protocol.after)
+        assert "qa" in drawn
+
+
+def test_an_evaluation_within_a_run_folder_is_drawn_with_the_run(
+    model_folder: Path, edits: Path, run: Path, text: str, tmp_path: Path
+) -> None:
+    ours = tmp_path / "run"
+    shutil.copytree(run, ours)
+    words = ["eval", str(model_folder), str(edits), "--patch", str(ours), "--drift-text", text]
+    words += ["--protocols", "wild", "--contexts", "raw,qa"]
+    assert main([*words, "-o", str(ours / "evaluation")]) == 0
+    again = read_run(ours)
+    assert [found.name for found in again.evaluations] == ["evaluation"]
+    titles = [section.title for section in again.page().sections if section.blocks]
+    assert "Scores by protocol (evaluation)" in titles
+    assert "How far the edits carry (evaluation)" in titles
+    # The run's own stand beside them as they did.
+    alone = [section.title for section in read_run(run).page().sections if section.blocks]
+    assert [title for title in titles if "(evaluation)" not in title] == alone
+
+
+def test_without_an_unedited_model_there_is_no_drift_to_write(
+    model_folder: Path, edits: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "evaluation"
+    assert main(["eval", str(model_folder), str(edits), "-o", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == FILES
+    again = read_run(folder)
+    assert (again.report.drift, again.passages) == (None, ())
+    assert "Drift" not in {section.title for section in again.page().sections if section.blocks}
 
 
 @pytest.mark.parametrize(

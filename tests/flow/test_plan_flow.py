@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,33 @@ def test_a_plan_says_what_the_run_then_does(
     assert planned.num_prompts == 5
     assert abs(planned.disk.patch_bytes - report.patch_bytes) < 4096
     assert planned.num_drift_tokens >= report.drift.num_tokens
+
+
+def test_an_edit_predicts_what_a_plan_does(
+    model_folder: Path, config: locft.RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("locft.recipe.edit._WORTH_PLANNING_S", 0.0)
+    config = replace(config, epochs=2)
+    planned = locft.plan(str(model_folder), EDITS, config).cost
+    report = locft.edit(str(model_folder), EDITS, tmp_path / "run", config)
+    assert report.plan == planned
+    assert min(astuple(planned)) > 0
+    assert planned.epochs_at_most == report.training.epochs_at_most
+
+
+def test_the_cost_of_a_plan_is_the_sum_of_its_phases(outline: Path, config: locft.RunConfig) -> None:
+    planned = locft.plan(str(outline), EDITS, config)
+    cost = planned.cost
+    seconds = {phase.name: phase.seconds for phase in planned.phases}
+    assert (cost.load_s, cost.cache_s, cost.train_s) == (
+        seconds["load"],
+        seconds["cache"],
+        seconds["train"],
+    )
+    assert cost.eval_s == seconds["answer before"] + seconds["answer after"] + seconds["drift"]
+    assert cost.wall_s == pytest.approx(planned.wall_s)
+    assert cost.peak_memory_bytes == planned.peak_memory_bytes
+    assert cost.epochs_at_most == planned.epochs_at_most
 
 
 def test_common_beginnings_are_counted_once(model_folder: Path, config: locft.RunConfig) -> None:

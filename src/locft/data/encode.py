@@ -78,10 +78,16 @@ class Codec:
             raise EditsError(f"edit {edit.id} ({edit.source}): the {what} in this model's vocabulary")
         return Encoded(ids=(*pair.ids, self.eos_id), target_start=pair.target_start)
 
-    def encode_pair(self, prompt: str, text: str) -> Encoded:
-        """Encode a text after a prompt, without an end-of-sequence token; the text may give no token."""
+    def encode_pair(self, prompt: str, text: str, *, as_generated: bool = False) -> Encoded:
+        """Encode a text after a prompt, without an end-of-sequence token; the text may give no token.
+
+        Args:
+            prompt: The prompt.
+            text: What follows it.
+            as_generated: Whether `text` is what a model generated there, with its own spaces or without.
+        """
         before = self._prompt_text(prompt)
-        tokens = self._tokenize(join(before, text) if text else before)
+        tokens = self._tokenize(before + text if as_generated or not text else join(before, text))
         ids = self._without_eos(tokens["input_ids"])
         # A token that straddles the border is target: what it spells can only be learnt whole.
         # Special tokens that the tokenizer adds in front have the empty span (0, 0).

@@ -177,7 +177,7 @@ def measure_drift(
 
 
 def _excerpt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids[:_EXCERPT_CHARS], skip_special_tokens=True)  # no token is empty
+    text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
     return text if len(text) <= _EXCERPT_CHARS else f"{text[: _EXCERPT_CHARS - 1]}…"
 

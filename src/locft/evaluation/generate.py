@@ -60,7 +60,7 @@ def answer_prompts(
         guesses=guesses,
         on_confirmed=on_confirmed,
     )
-    return read_answers(codec, rows, stop)
+    return {prompt: answer.strip() for prompt, answer in read_answers(codec, rows, stop).items()}
 
 
 def decode_prompts(
@@ -118,10 +118,10 @@ def decode_prompts(
 
 
 def read_answers(codec: Codec, rows: Mapping[str, list[int]], stop: Stop = "protocol") -> dict[str, str]:
-    """Read each prompt's answer from its new tokens, cut at the stop and stripped."""
+    """Read each prompt's answer from its new tokens, cut at the stop, with the spaces around it."""
     texts = codec.tokenizer.batch_decode(list(rows.values()), skip_special_tokens=True) if rows else []
     return {
-        prompt: (cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]).strip()
+        prompt: cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]
         for prompt, text in zip(rows, texts, strict=True)
     }
 

@@ -47,6 +47,7 @@ def score_continuations(
     *,
     batch_size: int,
     label: str,
+    as_generated: bool = False,
 ) -> dict[Pair, Continuation]:
     """Score texts after prompts, teacher-forced.
 
@@ -61,6 +62,7 @@ def score_continuations(
         pairs: Each a prompt and the text after it; repeated ones are scored once.
         batch_size: How many to score at a time.
         label: What the progress bar says.
+        as_generated: Whether the texts are what a model generated there, to be taken as they are.
 
     Returns:
         What the model makes of each; a text that gives no token has none.
@@ -69,7 +71,9 @@ def score_continuations(
         EvaluationError: A likelihood is not finite.
     """
     found: dict[Pair, Continuation] = {}
-    encoded = {pair: codec.encode_pair(*pair) for pair in dict.fromkeys(pairs)}
+    encoded = {
+        pair: codec.encode_pair(*pair, as_generated=as_generated) for pair in dict.fromkeys(pairs)
+    }
     for pair, example in encoded.items():
         # What nothing stands before is not predicted.
         if not example.num_targets or not example.target_start:

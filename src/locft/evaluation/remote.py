@@ -38,8 +38,8 @@ class RemoteReader:
             chat=self._context == "chat",
         )
         # Not every server heeds the stops.
-        return {prompt: cut_answer(answers[text]).strip() for prompt, text in texts.items()}
+        return {prompt: cut_answer(answers[text]) for prompt, text in texts.items()}
 
-    def continuations(self, pairs: Iterable[Pair]) -> NoReturn:  # noqa: ARG002
+    def continuations(self, pairs: Iterable[Pair], *, as_generated: bool = False) -> NoReturn:  # noqa: ARG002
         """Refuse: such servers do not say how likely given texts are."""
         raise InputError("an endpoint answers prompts, and does not score given texts")

@@ -129,7 +129,9 @@ class Reader:
                 f"{brief(too_long[0])}: leave them out, or choose another context or protocol"
             )
 
-    def continuations(self, pairs: Iterable[Pair]) -> dict[Pair, Continuation]:
+    def continuations(
+        self, pairs: Iterable[Pair], *, as_generated: bool = False
+    ) -> dict[Pair, Continuation]:
         """Score texts after prompts, teacher-forced."""
         put = {(prompt, text): (in_context(prompt, self._context), text) for prompt, text in pairs}
         found = score_continuations(
@@ -138,6 +140,7 @@ class Reader:
             put.values(),
             batch_size=self._subject.batch_size,
             label=f"scoring, {self._label}",
+            as_generated=as_generated,
         )
         return {pair: found[texts] for pair, texts in put.items()}
 

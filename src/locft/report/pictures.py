@@ -1,8 +1,8 @@
 """Draws figures as SVG that takes the colours of the page around it, in light and in dark."""
 
 import functools
+import hashlib
 import io
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def draw_shares(
                 [row, row],
                 color=_MUTED,
                 linewidth=1,
-                gid=f"change {row}",
+                gid=f"change-{row}",
             )
             _point(axes, was, row, _MUTED, "before", filled=False)
         _point(axes, now, row, _ACCENT, "after", filled=True)
@@ -154,7 +154,7 @@ def draw_loss(course: Sequence[Epoch], stop_loss: float | None) -> Picture:
     axes.plot(
         [epoch.epoch for epoch in course], losses, color=_ACCENT, marker=_marker(course), gid="loss"
     )
-    if min(losses) > 0 and max(losses) > 20 * min(losses):
+    if min(losses) > 0 and max(losses) > 100 * min(losses):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -194,7 +194,7 @@ def draw_success(course: Sequence[Epoch], fifths: Sequence[int]) -> Picture:
             marker=_marker(course),
             markersize=3.5,
             label=f"{_ORDINALS[number]} ({num_edits:,})" if is_parted else counted(num_edits, "edit"),
-            gid=f"success {number}",
+            gid=f"success-{number}",
         )
     axes.set_ylim(-4, 104)
     axes.set_xlabel("epoch")
@@ -221,10 +221,10 @@ def draw_drift(by_kind: Mapping[str, Figure]) -> Picture | None:
     drawing, axes = _canvas(0.7 + 0.36 * len(found))
     most = max(figure.high or _value(figure) for figure in found.values())
     for row, figure in enumerate(found.values()):
-        axes.barh(row, _value(figure), height=0.55, color=_ACCENT, gid=f"drift {row}")
+        axes.barh(row, _value(figure), height=0.55, color=_ACCENT, gid=f"drift-{row}")
         if figure.low is not None and figure.high is not None:
             axes.plot(
-                [figure.low, figure.high], [row, row], color=_INK, linewidth=1.2, gid=f"interval {row}"
+                [figure.low, figure.high], [row, row], color=_INK, linewidth=1.2, gid=f"interval-{row}"
             )
         end = figure.high or _value(figure)
         axes.annotate(
@@ -262,7 +262,7 @@ def draw_front(points: Sequence[FrontPoint]) -> Picture | None:
             axes.plot([across.low, across.high], [y, y], color=_MUTED, linewidth=1)
         if up.low is not None and up.high is not None:
             axes.plot([x, x], [100 * up.low, 100 * up.high], color=_MUTED, linewidth=1)
-        axes.plot([x], [y], marker="o", color=_ACCENT, linestyle="none", gid=f"run {point.name}")
+        axes.plot([x], [y], marker="o", color=_ACCENT, linestyle="none", gid=f"run-{point.name}")
         axes.annotate(point.name, (x, y), (6, 5), textcoords="offset points", fontweight="bold")
     axes.set_xlabel("drift (nats per token)")
     axes.set_ylabel("generalization (%)")
@@ -287,7 +287,7 @@ def draw_changes(title: str, changes: Mapping[str, Figure]) -> Picture | None:
     drawing, axes = _canvas(0.75 + 0.36 * len(found))
     axes.axvline(0, color=_MUTED, linewidth=1)
     for row, figure in enumerate(found.values()):
-        _point(axes, figure, row, _ACCENT, f"difference {row}", filled=True)
+        _point(axes, figure, row, _ACCENT, "difference", filled=True)
     axes.set_yticks(range(len(found)), [_label(name) for name in found])
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.25)
@@ -315,7 +315,7 @@ def _point(axes: "Axes", figure: Figure, row: int, colour: str, gid: str, *, fil
         linestyle="none",
         color=colour,
         markerfacecolor=colour if filled else "none",
-        gid=f"{gid} {row}",
+        gid=f"{gid}-{row}",
     )
 
 
@@ -331,7 +331,7 @@ def _marker(course: Sequence[Epoch]) -> str:
 def _whole_numbers(axes: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
 
 
 def _label(text: str) -> str:
@@ -345,8 +345,8 @@ def _finish(drawing: "Drawing", title: str, alt: str) -> Picture:
         # It measures letters that its own font lacks; the page's fonts will show them.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         drawing.savefig(file, format="svg", metadata={"Date": None})
-    alt = one_line(alt, limit=1000)
-    return Picture(svg=_embeddable(file.getvalue(), title), title=title, alt=alt)
+    svg = _embeddable(file.getvalue(), title)
+    return Picture(svg=svg, title=one_line(title), alt=one_line(alt, limit=1000))
 
 
 def _embeddable(svg: str, title: str) -> str:
@@ -354,7 +354,8 @@ def _embeddable(svg: str, title: str) -> str:
     root = ElementTree.fromstring(svg)
     for part in (*root.findall(f"{_SVG}metadata"), *root.findall(f"{_SVG}defs[{_SVG}style]")):
         root.remove(part)
-    prefix = re.sub(r"\W+", "-", title.lower())
+    # Several pictures share a page.
+    prefix = f"picture-{hashlib.sha256(title.encode(errors='backslashreplace')).hexdigest()[:8]}"
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
         for name, value in list(element.attrib.items()):

@@ -130,9 +130,8 @@ def context_blocks(contexts: Mapping[str, ProtocolScores]) -> tuple[Block, ...]:
     for context, scores in contexts.items():
         cells: list[str] = []
         for name in names:
-            if scores.before is not None:
-                cells.append(figure_text(name, scores.before[name]))
-            cells.append(figure_text(name, scores.after[name]))
+            figures = (scores.after,) if first.before is None else (scores.before or {}, scores.after)
+            cells += [figure_text(name, found[name]) if name in found else "-" for found in figures]
         rows.append((context, *cells))
     return (
         Table(columns=("context", *columns), rows=tuple(rows)),
@@ -268,7 +267,7 @@ def _answer_text(text: str | None) -> str:
 def change_blocks(report: EditReport) -> tuple[Block, ...]:
     """Show which matrices were changed, and how far."""
     location, model = report.location, report.model
-    share = 100 * location.num_parameters / model.num_parameters
+    share = 100 * location.num_parameters / max(1, model.num_parameters)
     matrices = location.matrices
     return (
         Text(

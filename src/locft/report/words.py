@@ -36,8 +36,8 @@ def figure_text(name: str, figure: Figure) -> str:
         return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}], {figure.num:,} passages"
     if figure.reason:
         return f"{100 * figure.value:.0f}% by definition"
-    assert figure.low is not None
-    assert figure.high is not None
+    if figure.low is None or figure.high is None:
+        return f"{100 * figure.value:.1f}% of {figure.num:,}"
     return (
         f"{100 * figure.value:.1f}% [{100 * figure.low:.1f}, {100 * figure.high:.1f}] of {figure.num:,}"
     )

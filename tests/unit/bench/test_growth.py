@@ -257,7 +257,6 @@ def test_the_command_prints_json_and_keeps_it_with_a_picture(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("matplotlib")
     output = tmp_path / "growth"
     words = ["bench", "growth", str(model_folder), str(edits_file), *WORDS]
     assert main([*words, "--json", "-o", str(output)]) == 0
@@ -296,7 +295,6 @@ def test_the_command_shows_tables(
 
 
 def test_the_picture_does_without_what_was_not_measured(found: Growth) -> None:
-    pytest.importorskip("matplotlib")
     assert len(growth.draw_growth(found).axes) == 3
     untold = tuple(replace(use, loaded_bytes=None, cache_peak_bytes=None) for use in found.memory)
     growth.draw_growth(replace(found, memory=untold))
@@ -321,16 +319,3 @@ def test_counts_that_are_none_are_refused(
         main(["bench", "growth", f"{flag}={text}"])
     assert stopped.value.code == 2
     assert flag in capsys.readouterr().err
-
-
-def test_without_matplotlib_the_json_is_kept_and_a_picture_is_not(
-    found: Growth,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(growth, "measure_growth", lambda *_, **__: found)
-    monkeypatch.setattr("locft.cli.bench.find_spec", lambda _: None)
-    assert main(["bench", "growth", "-o", str(tmp_path / "growth")]) == 0
-    assert [file.name for file in (tmp_path / "growth").iterdir()] == ["growth.json"]
-    assert "locft[bench]" in capsys.readouterr().err

@@ -164,6 +164,109 @@ def test_few_tokens_are_passed_at_a_time_however_long_a_passage_is(
     assert sum(rows for rows, _ in shapes) == 2 * (25 + windows)
 
 
+MANY = (
+    *PASSAGES,
+    Passage(kind="talk", text="Who wrote the play? London"),
+    Passage(kind="code", text="painter = singer(physicist)"),
+    Passage(kind="prose", text="Oslo, Vienna, Madrid and Berlin."),
+    Passage(kind="prose", text="The capital of Italy is Rome, and the river begins there."),
+)
+
+
+def beginning_of(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:399]}…"
+
+
+def test_passages_add_up_to_the_figures(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    drift = measured(before, after, tokenizer, *MANY)
+    # Of one token or none nothing is predicted.
+    assert [passage.passage for passage in drift.passages] == list(range(1, len(MANY) - 1))
+    of_two = [passage for passage in MANY if len(tokenizer(passage.text)["input_ids"]) > 1]
+    assert [passage.kind for passage in drift.passages] == [passage.kind for passage in of_two]
+    assert sum(passage.num_tokens for passage in drift.passages) == drift.num_tokens
+    for kind, figure in (("", drift.overall), *drift.by_kind.items()):
+        ours = [passage for passage in drift.passages if kind in ("", passage.kind)]
+        assert figure.num == len(ours)
+        mean = sum(passage.drift * passage.num_tokens for passage in ours) / sum(
+            passage.num_tokens for passage in ours
+        )
+        assert figure.value == pytest.approx(mean)
+
+
+def test_passages_are_in_the_order_of_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = two_models()
+    drift = measured(forward_of(before), forward_of(after), tokenizer, *MANY)
+    of_two = [passage for passage in MANY if len(tokenizer(passage.text)["input_ids"]) > 1]
+    for passage, found in zip(of_two, drift.passages, strict=True):
+        kls = naive_kl(before, after, tokenizer(passage.text)["input_ids"])
+        assert found.num_tokens == len(kls)
+        assert found.drift == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+
+
+def test_the_passages_that_moved_most_are_told_with_how_they_begin(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    drift = measured(before, after, tokenizer, *MANY)
+    farthest = sorted(drift.passages, key=lambda passage: -passage.drift)
+    assert len(farthest) > 5
+    assert [moved.drift for moved in drift.most_moved] == [one.drift for one in farthest[:5]]
+    of_two = [passage for passage in MANY if len(tokenizer(passage.text)["input_ids"]) > 1]
+    for moved in drift.most_moved:
+        passage = drift.passages[moved.passage - 1]
+        told = (passage.passage, passage.kind, passage.num_tokens, passage.drift)
+        assert (moved.passage, moved.kind, moved.num_tokens, moved.drift) == told
+        assert moved.text == beginning_of(of_two[moved.passage - 1].text)
+
+
+@pytest.mark.parametrize("num_chars", [399, 400, 401, 3000])
+def test_of_a_long_passage_the_beginning_is_told(
+    num_chars: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    text = ("chess, tennis; " * 300)[:num_chars]
+    drift = measured(before, after, tokenizer, Passage(kind="prose", text=text))
+    for moved in drift.most_moved:
+        whole = tokenizer.decode(tokenizer(text)["input_ids"][(moved.passage - 1) * 1024 :])
+        assert isinstance(whole, str)
+        assert moved.text == beginning_of(whole)
+
+
+def test_of_a_long_passage_the_beginning_is_told_however_many_tokens_a_character_has(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    for text in ("パリはフランスの首都。" * 20, "パリはフランスの首都。" * 40):  # bytes are its tokens
+        drift = measured(before, after, tokenizer, Passage(kind="prose", text=text))
+        [first] = [moved for moved in drift.most_moved if moved.passage == 1]
+        whole = tokenizer.decode(tokenizer(text)["input_ids"][:1024])
+        assert isinstance(whole, str)
+        assert first.text == beginning_of(whole)
+
+
+def test_of_an_unedited_model_no_passage_moved(tokenizer: PreTrainedTokenizerBase) -> None:
+    forward = forward_of(two_models()[0])
+    drift = measured(forward, forward, tokenizer, *MANY)
+    assert drift.most_moved == ()
+    assert {passage.drift for passage in drift.passages} == {0.0}
+
+
+def test_fewer_passages_than_five_moved_most_are_all_that_moved(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    drift = measured(before, after, tokenizer, *PASSAGES)
+    assert sorted(moved.passage for moved in drift.most_moved) == [1, 2, 3, 4]
+
+
+def test_of_passages_that_moved_alike_the_first_come_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, after = (forward_of(model) for model in two_models())
+    drift = measured(before, after, tokenizer, *[PASSAGES[0]] * 7)
+    assert len({passage.drift for passage in drift.passages}) == 1
+    assert [moved.passage for moved in drift.most_moved] == [1, 2, 3, 4, 5]
+
+
 def test_text_without_a_passage_of_two_tokens_gives_no_value(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

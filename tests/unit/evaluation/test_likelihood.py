@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from locft.data.encode import make_codec
+from locft.data.encode import Codec, make_codec
 from locft.errors import EvaluationError
+from locft.evaluation.generate import decode_prompts, read_answers
 from locft.evaluation.likelihood import Continuation, Pair, score_continuations
 
 PAIRS = (
@@ -95,3 +96,26 @@ def test_a_likelihood_that_is_not_finite_is_an_error(tokenizer: PreTrainedTokeni
         broken.get_parameter("model.norm.weight").fill_(math.nan)
     with pytest.raises(EvaluationError, match="'Paris' after 'The capital of France is'"):
         scored(broken, tokenizer, PAIRS[0])
+
+
+def test_what_a_model_generated_is_what_it_finds_likeliest(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    codec = make_codec(tokenizer, "raw")
+    prompts = [prompt for prompt, _ in PAIRS]
+    rows = decode_prompts(model, codec, prompts, batch_size=4, label="", max_new_tokens=6)
+    answers = read_answers(codec, rows)
+    pairs = [
+        (prompt, answer)
+        for prompt, answer in answers.items()
+        # Read back, it may be other tokens, which nobody generated.
+        if rows[prompt][: len(ids := generated(codec, prompt, answer))] == ids and ids
+    ]
+    assert pairs
+    found = score_continuations(model, codec, pairs, batch_size=4, label="", as_generated=True)
+    assert {one.share_right for one in found.values()} == {1.0}
+
+
+def generated(codec: Codec, prompt: str, answer: str) -> list[int]:
+    encoded = codec.encode_pair(prompt, answer, as_generated=True)
+    return list(encoded.ids[encoded.target_start :])

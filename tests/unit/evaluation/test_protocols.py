@@ -67,13 +67,18 @@ class Model:
     answers: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[Pair, Continuation] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
+    scored: list[tuple[Pair, bool]] = field(default_factory=list)
 
     def answer(self, prompts: Iterable[str], max_new_tokens: int) -> Mapping[str, str]:
         prompts = list(prompts)
         self.asked += [(prompt, max_new_tokens) for prompt in prompts]
         return {prompt: self.answers[prompt] for prompt in prompts}
 
-    def continuations(self, pairs: Iterable[Pair]) -> Mapping[Pair, Continuation]:
+    def continuations(
+        self, pairs: Iterable[Pair], *, as_generated: bool = False
+    ) -> Mapping[Pair, Continuation]:
+        pairs = list(pairs)
+        self.scored += [(pair, as_generated) for pair in pairs]
         return {pair: self.texts[pair] for pair in pairs}
 
 
@@ -318,3 +323,15 @@ def test_what_scores_without_answers_are_made_of_is_recorded() -> None:
     [record] = records_of(FORCED, None, Model({}, texts), edits)
     assert record.details_after == {"num_tokens": 4, "num_right": 3}
     assert record.details_before is None
+
+
+def test_teacher_forced_takes_targets_as_running_text_and_own_answers_as_they_were_generated() -> None:
+    known = {(edit.prompt, edit.target): text(2, 1, 3.0) for edit in EDITS}
+    known |= {(prompt, edit.target): text(2, 1, 3.0) for edit in EDITS for prompt in edit.rephrases}
+    prompts = [prompt for edit in EDITS for prompt in edit.locality]
+    answers = dict.fromkeys(prompts, " so ")
+    own = {(prompt, " so"): text(1, 1, 0.1) for prompt in prompts}
+    unedited, edited = Model(answers, known), Model({}, {**known, **own})
+    records_of(FORCED, unedited, edited)
+    assert {pair for pair, as_generated in edited.scored if as_generated} == own.keys()
+    assert {pair for pair, as_generated in edited.scored if not as_generated} == known.keys()

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,12 @@ from conftest import make_model, tiny_llama_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from locft.config import RunConfig
-from locft.data.encode import Encoded
+from locft.data.encode import Encoded, make_codec
 from locft.errors import ConfigError, InputError, TrainingError
+from locft.evaluation.likelihood import score_continuations
 from locft.model.location import Location, resolve_location
 from locft.model.packing import Packed, merge_prefixes
 from locft.model.split import Split, split_model
@@ -22,9 +24,9 @@ from locft.train import cache as cache_module
 from locft.train import defaults, loop, objective
 from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine, choose_schedule
-from locft.train.loop import Engine, Schedule, Trained, train_breadth_first
-from locft.train.objective import LossMean, target_loss
-from locft.types import Epoch
+from locft.train.loop import Engine, Schedule, Trained, fifths_of, train_breadth_first
+from locft.train.objective import LossMean, predicted_share, target_loss
+from locft.types import Edit, Epoch
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 # Prompt and target lengths that differ, among them the shortest there may be.
@@ -58,10 +60,12 @@ def schedule(**options: Any) -> Schedule:
     return Schedule(**values)
 
 
-def prepare(model: PreTrainedModel, name: str = "1.mlp.down") -> tuple[Split, Location, PrefixCache]:
+def prepare(
+    model: PreTrainedModel, name: str = "1.mlp.down", examples: Sequence[Encoded] = EXAMPLES
+) -> tuple[Split, Location, PrefixCache]:
     location = resolve_location(model, name)
     split = split_model(model, location.layer)
-    return split, location, build_cache(split, EXAMPLES)
+    return split, location, build_cache(split, examples)
 
 
 def train(model: PreTrainedModel, name: str = "1.mlp.down", **options: Any) -> Trained:
@@ -263,6 +267,51 @@ def test_the_loss_of_bf16_logits_is_computed_in_float32() -> None:
     assert torch.equal(loss, target_loss(logits.float(), *arguments, "sample"))
 
 
+@given(
+    counts=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(deadline=None)
+def test_the_share_predicted_is_that_of_target_tokens_with_the_highest_logit(
+    counts: list[int], seed: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    num = sum(counts)
+    # All different, in bfloat16 too, so that there is one that is the highest.
+    logits = torch.stack([torch.randperm(9, generator=generator) - 4 for _ in range(num)]).to(dtype)
+    likeliest = logits.argmax(dim=1)
+    is_meant = torch.rand(num, generator=generator) < 0.5
+    labels = torch.where(is_meant, likeliest, torch.randint(0, 9, (num,), generator=generator))
+    rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    expected, start = [], 0
+    for count in counts:
+        places = range(start, start + count)
+        expected.append(sum(likeliest[i].item() == labels[i].item() for i in places) / count)
+        start += count
+    got = predicted_share(logits, labels, rows)
+    assert got.dtype == torch.float32
+    assert got.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_token_that_is_as_likely_as_the_likeliest_counts_as_predicted(
+    dtype: torch.dtype,
+) -> None:
+    # In float32, and in bfloat16 to which it is rounded, 1 + 2^-20 is beside 1.
+    logits = torch.tensor([[1 + 2**-20, 1.0, 0.0]] * 3).to(dtype)
+    got = predicted_share(logits, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
+    assert got.tolist() == ([1, 0, 0] if dtype == torch.float32 else [1, 1, 0])
+
+
+def test_the_share_predicted_has_no_gradient_and_changes_no_logit() -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    share = predicted_share(logits, torch.arange(4), torch.tensor([0, 0, 1, 1]))
+    assert not share.requires_grad
+    assert torch.equal(logits, before)
+
+
 # Loop
 
 
@@ -362,6 +411,144 @@ def test_every_epoch_is_told_of_with_its_steps(tiny_model: PreTrainedModel) -> N
     assert tuple(told) == trained.epochs
     assert [(epoch.epoch, epoch.steps) for epoch in told] == [(1, 3), (2, 3), (3, 3)]  # 7 in threes
     assert not trained.stopped_early
+
+
+# Success
+
+
+LEARNS: dict[str, Any] = {"name": "0", "lr": 0.01}
+
+
+def half_trained() -> PreTrainedModel:
+    """Make a model that predicts some of the target tokens, and others not."""
+    model = make_model(tiny_llama_config())
+    train(model, **LEARNS, batch_size=7, epochs=4)
+    return model
+
+
+def shares_of(model: PreTrainedModel, examples: Sequence[Encoded] = EXAMPLES) -> list[list[bool]]:
+    """Tell of each example which target tokens a plain forward over it alone predicts."""
+    found = []
+    for example in examples:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.ids])).logits[0]
+        places = range(example.target_start, len(example.ids))
+        found.append([logits[i - 1].argmax().item() == example.ids[i] for i in places])
+    return found
+
+
+def in_fifths(shares: Sequence[float]) -> list[float]:
+    """Average by fifths, in order; the first ones are the larger ones."""
+    num = min(5, len(shares))
+    size, more = divmod(len(shares), num)
+    ends = [size * i + min(i, more) for i in range(num + 1)]
+    return [sum(shares[start:end]) / (end - start) for start, end in pairwise(ends)]
+
+
+@pytest.mark.parametrize(
+    ("num_edits", "fifths"),
+    [
+        (1, (1,)),
+        (2, (1, 1)),
+        (3, (1, 1, 1)),
+        (4, (1, 1, 1, 1)),
+        (5, (1, 1, 1, 1, 1)),
+        (6, (2, 1, 1, 1, 1)),
+        (7, (2, 2, 1, 1, 1)),
+        (8, (2, 2, 2, 1, 1)),
+        (9, (2, 2, 2, 2, 1)),
+        (10, (2, 2, 2, 2, 2)),
+        (11, (3, 2, 2, 2, 2)),
+        (12, (3, 3, 2, 2, 2)),
+    ],
+)
+def test_edits_are_split_into_five_equal_parts_or_as_many_as_there_are(
+    num_edits: int, fifths: tuple[int, ...], tiny_model: PreTrainedModel
+) -> None:
+    assert fifths_of(num_edits) == fifths
+    examples = [EXAMPLES[i % len(EXAMPLES)] for i in range(num_edits)]
+    trained = train_breadth_first(*prepare(tiny_model, examples=examples), schedule(epochs=1))
+    assert len(trained.epochs[0].success) == len(fifths)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_learnt_to_the_last_token_every_fifth_succeeds(batch_size: int) -> None:
+    trained = train(make_model(tiny_llama_config()), **LEARNS, batch_size=batch_size, epochs=120)
+    assert trained.epochs[-1].success == (1.0,) * 5
+    assert max(trained.epochs[0].success) < 1
+    assert all(0 <= share <= 1 for epoch in trained.epochs for share in epoch.success)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_success_in_one_batch_is_what_the_model_predicts_before_the_step(dtype: torch.dtype) -> None:
+    model = half_trained()
+    if dtype == torch.bfloat16:
+        model = model.bfloat16()
+    expected = in_fifths([sum(right) / len(right) for right in shares_of(model)])
+    assert 0 < sum(expected) < 5  # or it would not tell one fifth from another
+    assert len(set(expected)) > 1
+    [epoch] = train(model, batch_size=len(EXAMPLES), epochs=1).epochs
+    assert epoch.success == pytest.approx(expected)
+
+
+def test_success_is_the_teacher_forced_score_but_that_the_end_of_the_target_counts(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    pairs = (
+        ("The capital of France is", "Rome"),
+        ("What sport does she play?", "table tennis, and chess"),
+        ("Who wrote the play?", "a singer from Oslo"),
+    )
+    codec = make_codec(tokenizer, "raw")
+    examples = [codec.encode(Edit(id=prompt, prompt=prompt, target=target)) for prompt, target in pairs]
+    model = make_model(tiny_llama_config())
+    train_breadth_first(*prepare(model, "0", examples), schedule(lr=0.01, batch_size=3, epochs=5))
+    found = score_continuations(model, codec, pairs, batch_size=2, label="test")
+    expected = []
+    for pair, right in zip(pairs, shares_of(model, examples), strict=True):
+        assert found[pair].num_tokens == len(right) - 1
+        expected.append((found[pair].num_right + right[-1]) / len(right))
+    assert 0 < sum(expected) < 3
+    [epoch] = train_breadth_first(
+        *prepare(model, examples=examples), schedule(batch_size=3, epochs=1)
+    ).epochs
+    assert epoch.success == pytest.approx(expected)
+
+
+def test_fifths_follow_the_order_of_the_edits_whatever_the_shuffle_and_the_batches() -> None:
+    model = half_trained()
+    expected = in_fifths([sum(right) / len(right) for right in shares_of(model)])
+    assert expected != sorted(expected, reverse=True)
+    for batch_size, seed in ((1, 0), (2, 1), (3, 2), (7, 3), (100, 4)):
+        # A rate so small that nothing moves.
+        trained = train(model, lr=1e-30, batch_size=batch_size, seed=seed, epochs=3)
+        for epoch in trained.epochs:
+            assert epoch.success == pytest.approx(expected)
+
+
+def test_each_edit_is_met_before_the_step_that_it_takes_part_in() -> None:
+    batch_by_batch = train(half_trained(), **LEARNS, batch_size=1, epochs=1).epochs[0].success
+    before = in_fifths([sum(right) / len(right) for right in shares_of(half_trained())])
+    # The steps before have moved the model.
+    assert batch_by_batch != pytest.approx(before)
+
+
+def test_measuring_success_changes_nothing_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = train(make_model(tiny_llama_config()), **LEARNS, epochs=10)
+
+    def nothing(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        return torch.zeros(int(rows[-1]) + 1)
+
+    monkeypatch.setattr(loop, "predicted_share", nothing)
+    unmeasured = train(make_model(tiny_llama_config()), **LEARNS, epochs=10)
+    assert {epoch.success for epoch in unmeasured.epochs} == {(0.0,) * 5}
+    assert losses(measured) == losses(unmeasured)
+    assert measured.matrices.keys() == unmeasured.matrices.keys()
+    for name, matrix in measured.matrices.items():
+        assert torch.equal(matrix, unmeasured.matrices[name])
+
+
+# Its end
 
 
 def test_training_ends_after_the_first_epoch_under_the_threshold(tiny_model: PreTrainedModel) -> None:

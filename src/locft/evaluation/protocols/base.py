@@ -17,11 +17,16 @@ class Measurable(Interface):
     """A model as protocols see it: in one state, with prompts put into one context."""
 
     def answer(self, prompts: Iterable[str], max_new_tokens: int) -> Mapping[str, str]:
-        """Answer prompts greedily, until ".", newline, end of sequence or the last token."""
+        """Answer prompts greedily, until ".", newline, end of sequence or the last token.
+
+        The answers have the spaces that they were generated with.
+        """
         ...
 
-    def continuations(self, pairs: Iterable[Pair]) -> Mapping[Pair, Continuation]:
-        """Score texts after prompts, teacher-forced."""
+    def continuations(
+        self, pairs: Iterable[Pair], *, as_generated: bool = False
+    ) -> Mapping[Pair, Continuation]:
+        """Score texts after prompts, teacher-forced; those that were generated there as they are."""
         ...
 
 

@@ -30,7 +30,7 @@ def match_answers(model: Measurable, items: Sequence[Item], max_new_tokens: int)
             score=None
             if item.expected is None
             else float(is_match(answers[item.prompt], item.expected)),
-            answer=answers[item.prompt],
+            answer=answers[item.prompt].strip(),
         )
         for item in items
     ]

@@ -18,15 +18,24 @@ def measure(model: Measurable, items: Sequence[Item]) -> list[Result]:
     Source: Wang et al., EasyEdit (ACL 2024, arXiv 2308.07269), and the papers that measure with it;
     criticised in Yang et al. (arXiv 2502.11177).
     """
+    # What is expected of locality prompts was generated, with a space before it or without.
     unknown = [item.prompt for item in items if item.expected is None]
     answers = model.answer(unknown, locft.MAX_NEW_TOKENS) if unknown else {}
-    found = model.continuations(
-        [(item.prompt, item.expected) for item in items if item.expected is not None]
-    )
+    pairs = {
+        is_own: [
+            (item.prompt, item.expected)
+            for item in items
+            if item.expected is not None and (item.kind == "locality") == is_own
+        ]
+        for is_own in (False, True)
+    }
+    found = {
+        is_own: model.continuations(of_kind, as_generated=is_own) for is_own, of_kind in pairs.items()
+    }
     return [
-        Result(score=None, answer=answers[item.prompt])
+        Result(score=None, answer=answers[item.prompt].rstrip())
         if item.expected is None
-        else _result(found[item.prompt, item.expected])
+        else _result(found[item.kind == "locality"][item.prompt, item.expected])
         for item in items
     ]
 
