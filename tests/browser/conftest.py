@@ -33,6 +33,14 @@ def viewer(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iter
     viewer.close()
 
 
+@pytest.fixture(scope="package")
+def bare_viewer(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewer]:
+    """A tab for pages without a policy, which are written into it."""
+    viewer = Viewer(browser, tmp_path_factory.mktemp("viewer"))
+    yield viewer
+    viewer.close()
+
+
 @pytest.fixture
 def open_viewer(browser: "Browser", tmp_path: Path) -> Iterator[Callable[..., Viewer]]:
     """Open tabs with settings of their own."""

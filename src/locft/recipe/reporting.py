@@ -18,7 +18,7 @@ from locft.report.schema import (
     ComparisonReport,
     Difference,
     EditReport,
-    to_json,
+    to_bytes,
 )
 from locft.report.sections import with_drift
 from locft.report.words import PROTOCOL_SCORES
@@ -46,13 +46,15 @@ def redraw(folder: str | Path, output: str | Path | None = None) -> list[Path]:
     if output is not None:
         _write_folder(Path(output), files)
         return [Path(output) / name for name in files]
-    with locked(run.folder):
-        try:
+    try:
+        with locked(run.folder):
             add_files(run.folder, files)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be written to: {error.strerror}; choose a place with -o"
-            ) from error
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written to: {error.strerror}; choose a place with -o"
+        ) from error
+    except InputError as error:
+        raise InputError(f"{error}; -o DIR draws it elsewhere") from error
     return [run.folder / name for name in files]
 
 
@@ -91,7 +93,7 @@ def compare_runs(
     )
     page = describe_comparison(report)
     if output is not None:
-        _write_folder(Path(output), {**draw(page), REPORT_FILE: to_json(report).encode()})
+        _write_folder(Path(output), {**draw(page), REPORT_FILE: to_bytes(report)})
     return report, page
 
 

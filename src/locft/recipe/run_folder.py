@@ -6,8 +6,8 @@ run. An evaluation is a folder of its own, which may stand within the run folder
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import msgspec
 
 from locft.config import RunConfig, to_toml
 from locft.data.edits import write_edits
-from locft.errors import RunError, brief, first_line
+from locft.errors import RunError, brief, first_line, printable
 from locft.openfile import open_regular, read_limited
 from locft.patch.format import PATCH_FOLDER, Patch, write_patch
 from locft.publish import add_files, staged_folder
@@ -23,9 +23,10 @@ from locft.report.content import Evaluated, describe_edit, describe_evaluation
 from locft.report.html import draw_html
 from locft.report.markdown import draw_markdown
 from locft.report.page import Page
-from locft.report.schema import SCHEMA_VERSION, EditReport, EvalReport, to_json
+from locft.report.schema import SCHEMA_VERSION, EditReport, EvalReport, to_bytes
+from locft.report.words import some
 from locft.strictjson import parse_json
-from locft.types import AnswerRecord, Edit, PassageDrift
+from locft.types import AnswerRecord, Edit, Figure, PassageDrift
 
 ANSWERS_FILE = "answers.jsonl"
 DRIFT_FILE = "drift.jsonl"
@@ -37,6 +38,7 @@ _REPORTS: dict[str, type[EditReport] | type[EvalReport]] = {"edit": EditReport, 
 _MAX_REPORT_BYTES = 100_000_000
 _MAX_LINE_BYTES = 10_000_000
 _MOST_FIFTHS = 5
+_LARGEST = 10**15  # nothing that is measured is larger, and larger numbers cannot all be drawn
 
 Record = TypeVar("Record")
 
@@ -102,7 +104,7 @@ def _files(run: Run) -> dict[str, bytes]:
     if run.report.drift is not None:
         files[DRIFT_FILE] = _lines(run.passages)
     # The report comes last, so that a folder with one is a whole run.
-    return {**files, **draw(run.page()), REPORT_FILE: to_json(run.report).encode()}
+    return {**files, **draw(run.page()), REPORT_FILE: to_bytes(run.report)}
 
 
 def _lines(records: Iterable[Any]) -> bytes:
@@ -137,13 +139,28 @@ def read_run(folder: Path) -> Run:
 
 def _evaluations(folder: Path) -> Iterator[Evaluated]:
     """Read the evaluations that stand within a run folder, in the order of their names."""
-    for inner in sorted(path for path in folder.iterdir() if (path / REPORT_FILE).is_file()):
-        found = read_run(inner)
-        if isinstance(found.report, EvalReport):
-            yield Evaluated(name=inner.name, report=found.report, answers=found.answers)
+    try:
+        # A hidden one is being written, or a killed writer left it.
+        inner = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read: {error.strerror}") from error
+    for path in inner:
+        if not (path / REPORT_FILE).is_file():
+            continue
+        record = _read_record(path)
+        if record.get("kind") in ("edit", "comparison"):
+            continue
+        report = _to_report(record, path)
+        answers = _read_lines(path / ANSWERS_FILE, AnswerRecord)
+        if isinstance(report, EvalReport):
+            yield Evaluated(name=path.name, report=report, answers=tuple(answers))
 
 
 def _read_report(folder: Path) -> EditReport | EvalReport:
+    return _to_report(_read_record(folder), folder)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
     file = folder / REPORT_FILE
     try:
         raw = read_limited(file, _MAX_REPORT_BYTES)
@@ -154,9 +171,13 @@ def _read_report(folder: Path) -> EditReport | EvalReport:
     except ValueError as error:
         raise RunError(f"{file}: {first_line(error)}") from error
     try:
-        record = parse_json(raw)
+        return parse_json(raw)
     except ValueError as error:
         raise RunError(f"{file}: is damaged: {first_line(error)}") from error
+
+
+def _to_report(record: dict[str, Any], folder: Path) -> EditReport | EvalReport:
+    file = folder / REPORT_FILE
     version = record.get("schema_version")
     if version != SCHEMA_VERSION or type(version) is not int:
         raise RunError(f"{file}: {_what_version(version, folder)}")
@@ -170,7 +191,9 @@ def _read_report(folder: Path) -> EditReport | EvalReport:
         report = msgspec.convert(record, _REPORTS[kind])
     except msgspec.ValidationError as error:
         raise RunError(f"{file}: is damaged: {_place(error)}") from error
-    if wrong := _inconsistent(report):
+    except UnicodeError as error:  # half a character where a number belongs
+        raise RunError(f"{file}: is damaged: {first_line(error)}") from error
+    if wrong := next(_unsound(report), "") or _inconsistent(report):
         raise RunError(f"{file}: is damaged: {wrong}")
     return report
 
@@ -204,10 +227,48 @@ def _what_version(version: object, folder: Path) -> str:
     )
 
 
+def _unsound(value: object, place: str = "") -> Iterator[str]:
+    """Name the values that cannot have been measured, and could not be drawn."""
+    if isinstance(value, int | float) and abs(value) > _LARGEST:
+        yield f"field {place} is {brief(value)}: expected a number of at most {_LARGEST:,}"
+    if (
+        isinstance(value, Figure)
+        and value.value is not None
+        and value.reason is None
+        and (value.low is None or value.high is None)
+    ):
+        yield f"field {place} has a value, and neither an interval (low, high) nor a reason"
+    parts: Iterable[tuple[object, object]] = ()
+    if is_dataclass(value):
+        parts = vars(value).items()
+    elif isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, tuple):
+        parts = enumerate(value)
+    for name, part in parts:
+        if name != "settings":
+            inner = (
+                f"{place}[{name}]" if isinstance(name, int) else printable(f"{place}.{name}").lstrip(".")
+            )
+            yield from _unsound(part, inner)
+
+
 def _inconsistent(report: EditReport | EvalReport) -> str:
     """Say what of a report cannot be, where each field by itself could; nothing if all fits."""
     if isinstance(report, EvalReport):
-        return "" if report.protocols else "field protocols is empty: expected one at least"
+        if not report.protocols:
+            return "field protocols is empty: expected one at least"
+        names: set[str] | None = None
+        for name, scores in report.contexts.items():
+            found = scores.after.keys() if scores.before is None else scores.before.keys()
+            names = set(scores.after) if names is None else names
+            if not names == scores.after.keys() == found:
+                return f"field contexts.{printable(name)} has other scores than {some(sorted(names))}"
+        if len({scores.before is None for scores in report.contexts.values()}) > 1:
+            return "field contexts has scores before the edit in some contexts only"
+        return ""
+    if report.model.num_parameters < 1:
+        return f"field model.num_parameters is {report.model.num_parameters:,}: expected 1 or more"
     training = report.training
     if not 1 <= len(training.fifths) <= _MOST_FIFTHS:
         return f"field training.fifths has {len(training.fifths):,} parts: expected 1 to {_MOST_FIFTHS}"
@@ -227,7 +288,10 @@ def _read_lines(file: Path, of: type[Record]) -> Iterator[Record]:
         with open_regular(file) as lines:
             while line := lines.readline(_MAX_LINE_BYTES):
                 number += 1
-                yield decoder.decode(line)
+                record = decoder.decode(line)
+                if wrong := next(_unsound(record), "") or _unlikely(record):
+                    raise RunError(f"{file}: line {number:,} is damaged: {wrong}")
+                yield record
     except FileNotFoundError as error:
         raise RunError(f"{file}: is missing, so this run cannot be drawn again") from error
     except OSError as error:
@@ -236,6 +300,17 @@ def _read_lines(file: Path, of: type[Record]) -> Iterator[Record]:
         raise RunError(f"{file}: line {number:,} is damaged: {_place(error)}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{file}: line {number:,} is damaged: {first_line(error)}") from error
+
+
+def _unlikely(record: object) -> str:
+    if isinstance(record, AnswerRecord):
+        for name in ("score_before", "score_after"):
+            score = getattr(record, name)
+            if score is not None and not 0 <= score <= 1:
+                return f"field {name} is {score}: expected 0 to 1"
+    if isinstance(record, PassageDrift) and record.num_tokens < 1:
+        return f"field num_tokens is {record.num_tokens:,}: expected 1 or more"
+    return ""
 
 
 def _place(error: msgspec.ValidationError) -> str:

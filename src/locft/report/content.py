@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from locft.report.page import Block, Command, Page, Section, Table, Text, Tile
+from locft.report.page import Block, Command, Page, Section, Text, Tile
 from locft.report.pictures import draw_shares
 from locft.report.schema import (
     EditReport,
@@ -22,6 +22,7 @@ from locft.report.sections import (
     learning_blocks,
     provenance_table,
     scores_table,
+    settings_blocks,
     with_drift,
 )
 from locft.report.words import (
@@ -74,18 +75,7 @@ def describe_edit(
         Section(title="Answers", blocks=answer_blocks(answers, report.protocol)),
         Section(title="What was changed", blocks=change_blocks(report)),
         Section(title="Cost", blocks=edit_cost_blocks(report.cost, report.plan, report.training)),
-        Section(
-            title="Settings",
-            blocks=(
-                Table(
-                    columns=("setting", "value"),
-                    rows=tuple(
-                        (name, "none" if value is None else str(value))
-                        for name, value in report.settings.items()
-                    ),
-                ),
-            ),
-        ),
+        Section(title="Settings", blocks=settings_blocks(report.settings)),
         Section(
             title="Where",
             blocks=(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from locft.report.page import Block, Page, Picture
@@ -27,8 +27,7 @@ def draw_html(page: Page) -> str:
     Returns:
         The text of `report.html`.
     """
-    template = _environment().from_string(_resource("page.html.j2"))
-    return template.render(page=page, style=Markup(_resource("page.css"))) + "\n"
+    return _template().render(page=page, style=Markup(_resource("page.css"))) + "\n"
 
 
 def _has_long_word(text: str) -> bool:
@@ -53,7 +52,7 @@ def _beside_each_other(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 @cache
-def _environment() -> Environment:
+def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -62,7 +61,7 @@ def _environment() -> Environment:
     environment.filters["picture"] = Markup
     environment.filters["kind"] = _kind
     environment.filters["beside_each_other"] = _beside_each_other
-    return environment
+    return environment.from_string(_resource("page.html.j2"))
 
 
 def _resource(name: str) -> str:

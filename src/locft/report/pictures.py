@@ -38,6 +38,7 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _MOST_MARKED = 30  # epochs that get a mark each
 _MOST_ROWS = 40  # tables have them all
 _LABEL_CHARS = 24
+_HIGHEST = 1e15  # threshold that can be drawn
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _STYLE = {
@@ -132,7 +133,7 @@ def draw_shares(
     axes.set_yticks(range(len(names)), [_label(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.7)
     axes.set_xlim(-4, 104)
-    axes.set_xlabel("% (95% intervals)" + ("; ring: before, dot: after" if early else ""))
+    axes.set_xlabel("% (95% intervals)" + ("; ring: before, dot: after" if early else ""), loc="right")
     axes.grid(visible=False, axis="y")
     parts = [
         f"{name}: "
@@ -158,7 +159,7 @@ def draw_loss(course: Sequence[Epoch], stop_loss: float | None) -> Picture:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if stop_loss:
+    if stop_loss is not None and 0 < stop_loss <= _HIGHEST:
         axes.axhline(stop_loss, color=_MUTED, linestyle=":", linewidth=1, gid="stop")
         axes.annotate(
             f"stops under {stop_loss:g}",
@@ -238,7 +239,7 @@ def draw_drift(by_kind: Mapping[str, Figure]) -> Picture | None:
     axes.set_yticks(range(len(found)), [_label(kind) for kind in found])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * most or 1)
-    axes.set_xlabel("nats per token (95% intervals)")
+    axes.set_xlabel("nats per token (95% intervals)", loc="right")
     axes.grid(visible=False, axis="y")
     parts = [f"{kind}: {figure_text('drift', figure)}" for kind, figure in found.items()]
     return _finish(drawing, "Drift by kind of text", ". ".join(parts))
@@ -291,7 +292,7 @@ def draw_changes(title: str, changes: Mapping[str, Figure]) -> Picture | None:
     axes.set_yticks(range(len(found)), [_label(name) for name in found])
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.25)
-    axes.set_xlabel("points (95% intervals)")
+    axes.set_xlabel("points (95% intervals)", loc="right")
     axes.grid(visible=False, axis="y")
     parts = [f"{name}: {change_text(figure)} points" for name, figure in found.items()]
     return _finish(drawing, title, ". ".join(parts))
@@ -344,6 +345,8 @@ def _finish(drawing: "Drawing", title: str, alt: str) -> Picture:
     with warnings.catch_warnings():
         # It measures letters that its own font lacks; the page's fonts will show them.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        # Counts of fifteen digits leave their picture no room.
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         drawing.savefig(file, format="svg", metadata={"Date": None})
     svg = _embeddable(file.getvalue(), title)
     return Picture(svg=svg, title=one_line(title), alt=one_line(alt, limit=1000))

@@ -91,27 +91,26 @@ def learning_blocks(training: TrainingInfo, settings: Mapping[str, Any]) -> tupl
         )
         for epoch in course[:_MOST_EPOCHS]
     ]
+    told = Text(
+        f"Breadth-first: {counted(training.epochs, 'epoch')} of at most "
+        f"{training.epochs_at_most:,}, {counted(training.steps, 'step')} of "
+        f"{counted(training.batch_size, 'edit')}, learning rate {training.lr:.3g}; final loss "
+        f"{training.final_loss:.4f}{ended}. Success is the share of target tokens that were "
+        "predicted right, the true ones before them given, as training met each edit; the parts are "
+        "fifths of the edits in the order of their file."
+    )
+    if not course:
+        return (told,)
+    by_epoch = Table(
+        columns=("epoch", "steps", "loss", *columns),
+        rows=tuple(rows),
+        left_out=_rest(len(course) - _MOST_EPOCHS, "epoch", "train.jsonl"),
+    )
     return (
-        Text(
-            f"Breadth-first: {counted(training.epochs, 'epoch')} of at most "
-            f"{training.epochs_at_most:,}, {counted(training.steps, 'step')} of "
-            f"{counted(training.batch_size, 'edit')}, learning rate {training.lr:.3g}; final loss "
-            f"{training.final_loss:.4f}{ended}. Success is the share of target tokens that were "
-            "predicted right, the true ones before them given, as training met each edit; the parts are "
-            "fifths of the edits in the order of their file."
-        ),
-        *((draw_loss(course, threshold),) if course else ()),
-        *((draw_success(course, parts),) if course else ()),
-        Fold(
-            title="The figures by epoch",
-            blocks=(
-                Table(
-                    columns=("epoch", "steps", "loss", *columns),
-                    rows=tuple(rows),
-                    left_out=_rest(len(course) - _MOST_EPOCHS, "epoch", "train.jsonl"),
-                ),
-            ),
-        ),
+        told,
+        draw_loss(course, threshold),
+        draw_success(course, parts),
+        Fold(title="The figures by epoch", blocks=(by_epoch,)),
     )
 
 
@@ -329,6 +328,12 @@ def eval_cost_table(cost: EvalCost, parts_s: Mapping[str, float]) -> Table:
         ("peak memory", bytes_text(cost.peak_memory_bytes)),
     ]
     return Table(columns=("part", "took"), rows=tuple(rows))
+
+
+def settings_blocks(settings: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Show the settings; nothing where there are none."""
+    rows = tuple((name, "none" if value is None else str(value)) for name, value in settings.items())
+    return (Table(columns=("setting", "value"), rows=rows),) if rows else ()
 
 
 def provenance_table(environment: Environment, edits: EditsInfo) -> Table:
