@@ -11,6 +11,7 @@ from locft.report.schema import (
 )
 from locft.report.sections import (
     answer_blocks,
+    blank_locality,
     capability_blocks,
     change_blocks,
     context_blocks,
@@ -66,6 +67,7 @@ def describe_edit(
             blocks=(
                 *drawn(draw_shares("Scores before and after", before, shares)),
                 scores_table(before, after, report.change, {**MEANINGS, **report.protocol.meanings}),
+                *blank_locality(answers, report.protocol),
                 Text(how_scored(report.protocol)),
             ),
         ),
@@ -167,6 +169,7 @@ def _evaluation_sections(found: Evaluated) -> list[Section]:
         of_protocols += drawn(draw_shares(f"Protocol {name}{suffix}", scores.before, scores.after))
         of_protocols += [
             scores_table(scores.before, after, scores.change, meanings),
+            *blank_locality(found.answers, scores.protocol),
             Text(how_scored(scores.protocol)),
         ]
     if report.judge is not None:

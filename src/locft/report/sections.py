@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from locft.data.normalise import normalise
 from locft.report.page import Block, Fold, Picture, Table, Text
 from locft.report.pictures import draw_drift, draw_loss, draw_shares, draw_success
 from locft.report.schema import (
@@ -72,6 +73,24 @@ def how_scored(protocol: Protocol) -> str:
         "over pairs of scores of the same prompts for changes). Scored after all edits were in, on a "
         f"freshly loaded model. Protocol {protocol.name}, context {protocol.context}: "
         f"{protocol.match}{answered}. {protocol.rule}"
+    )
+
+
+def blank_locality(answers: Sequence[AnswerRecord], protocol: Protocol) -> tuple[Text, ...]:
+    """Tell how much of locality is agreement on nothing, as between "?" and a blank, if any is."""
+    own = (protocol.name, protocol.context, "locality")
+    asked = [one for one in answers if (one.protocol, one.context, one.kind) == own]
+    blank = [one for one in asked if one.after is not None and not normalise(one.expected or "")]
+    if not blank:
+        return ()
+    agreed = sum(one.score_after == 1 for one in blank)
+    asked_text = counted(len(asked), "locality prompt")
+    return (
+        Text(
+            f"To {len(blank):,} of {asked_text} the unedited model answers nothing that counts (blank, "
+            f"or punctuation alone). {agreed:,} of these count as answered as before, since the edited "
+            "model answers nothing, either."
+        ),
     )
 
 

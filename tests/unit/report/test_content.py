@@ -273,3 +273,20 @@ def test_what_else_was_measured_of_a_run_stands_in_its_report_under_its_name() -
     titles = drawn_titles(describe_edit(make_report(), (), [evaluation]))
     for title in ("Scores by protocol", "How far the edits carry", "Capability"):
         assert f"{title} (eval-1)" in titles
+
+
+def test_agreement_on_answers_of_nothing_is_told_beside_locality() -> None:
+    blank = [make_answer("where", kind="locality", expected=expected) for expected in ("?", "", "!?")]
+    agreed = make_answer("where", kind="locality", expected="?", after="", is_right=True)
+    said = make_answer("where", kind="locality", expected="here", after="here", is_right=True)
+    other = dataclasses.replace(agreed, protocol="wild")
+    for page in (
+        describe_edit(make_report(), [*blank, agreed, said, other]),
+        describe_evaluation(make_evaluation(), [*blank, agreed, said, other]),
+    ):
+        blocks = [block for one in page.sections for block in one.blocks if isinstance(block, Text)]
+        [told, *_] = [block.text for block in blocks if "nothing that counts" in block.text]
+        assert told.startswith("To 4 of 5 locality prompts the unedited model answers nothing")
+        assert "1 of these count as answered as before" in told
+    nothing_blank = describe_edit(make_report(), [said])
+    assert not any("nothing that counts" in str(one.blocks) for one in nothing_blank.sections)
