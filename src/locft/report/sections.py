@@ -88,8 +88,8 @@ def blank_locality(answers: Sequence[AnswerRecord], protocol: Protocol) -> tuple
     return (
         Text(
             f"To {len(blank):,} of {asked_text} the unedited model answers nothing that counts (blank, "
-            f"or punctuation alone). {agreed:,} of these count as answered as before, since the edited "
-            "model answers nothing, either."
+            f"or punctuation alone). The edited model agrees on {agreed:,} of these by answering "
+            "nothing, either."
         ),
     )
 

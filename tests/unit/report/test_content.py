@@ -287,6 +287,6 @@ def test_agreement_on_answers_of_nothing_is_told_beside_locality() -> None:
         blocks = [block for one in page.sections for block in one.blocks if isinstance(block, Text)]
         [told, *_] = [block.text for block in blocks if "nothing that counts" in block.text]
         assert told.startswith("To 4 of 5 locality prompts the unedited model answers nothing")
-        assert "1 of these count as answered as before" in told
+        assert "agrees on 1 of these by answering nothing, either" in told
     nothing_blank = describe_edit(make_report(), [said])
     assert not any("nothing that counts" in str(one.blocks) for one in nothing_blank.sections)
