@@ -245,7 +245,12 @@ def make_answers(text: str = "plain") -> tuple[AnswerRecord, ...]:
     """Make answers of every kind, right ones and wrong ones."""
     kinds: tuple[Kind, ...] = ("reliability", "generalization", "locality")
     return tuple(
-        make_answer(text, is_right=is_right, kind=kind) for kind in kinds for is_right in (True, False)
+        # Locality that is agreement on nothing is told apart.
+        make_answer(
+            text, is_right=is_right, kind=kind, expected=f"so {text}" if kind == "locality" else text
+        )
+        for kind in kinds
+        for is_right in (True, False)
     )
 
 

@@ -381,6 +381,8 @@ def _what_is_kept(words: argparse.Namespace) -> str:
     whole = "report.json" if words.command == "edit" else "*"
     if output is not None and any(Path(output).glob(whole)):
         return f"{output} was written, and is whole"
+    if words.command == "eval" and (words.model == "endpoint" or words.judge):
+        return "no scores were taken"  # answers may be kept, and whoever kept them says so
     if words.command != "edit" or words.plan:
         return "nothing was kept"
     patch = Path(words.output) / "patch"

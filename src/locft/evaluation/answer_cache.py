@@ -42,6 +42,7 @@ class AnswerCache:
     Attributes:
         path: The file.
         num_found: How many times `get` found an answer.
+        num_kept: How many answers `put` has kept.
     """
 
     def __init__(self, path: Path, *, keep: bool = True) -> None:
@@ -59,6 +60,7 @@ class AnswerCache:
         """
         self.path = path
         self.num_found = 0
+        self.num_kept = 0
         self._keep = keep
         self._asked: set[str] = set()
         self._lock = threading.Lock()
@@ -108,6 +110,8 @@ class AnswerCache:
         digest = request.digest()
         self._asked.add(digest)
         self._run("INSERT OR REPLACE INTO answers VALUES (?, ?)", digest, answer)
+        with self._lock:
+            self.num_kept += 1
 
     def close(self) -> None:
         """Close the file; everything in it stays."""

@@ -165,11 +165,10 @@ def complete_prompts(
             _ask_all(endpoint, pending, answers, cache, step)
         except _ExhaustedError as error:
             kept = "no answer is kept"
-            if cache is not None and answers:
-                kept = (
-                    f"{len(answers):,} of {len(requests):,} answers are kept in {cache.path}, and"
-                    " running again goes on from there"
-                )
+            # Of those before, too: an evaluation asks in several goes.
+            if cache is not None and (num_kept := cache.num_found + cache.num_kept):
+                are = "answer is" if num_kept == 1 else "answers are"
+                kept = f"{num_kept:,} {are} kept in {cache.path}, and running again goes on from there"
             raise EvaluationError(f"{error}; {kept}") from error
     return {prompt: answers[prompt] for prompt in requests}
 

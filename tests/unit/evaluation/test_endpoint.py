@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -351,9 +351,7 @@ def test_a_run_goes_on_where_a_server_that_died_left_it(cache_path: Path) -> Non
         server.answer = die_after_four
         endpoint = endpoint_at(server.url, max_attempts=2, max_concurrent=1)
         with (
-            pytest.raises(
-                EvaluationError, match=r"4 of 10 answers are kept in .*running again"
-            ) as caught,
+            pytest.raises(EvaluationError, match=r"; 4 answers are kept in .*running again") as caught,
             AnswerCache(cache_path, keep=False) as cache,
         ):
             asked(endpoint, *PROMPTS, cache=cache)
@@ -458,6 +456,24 @@ def test_one_failure_ends_the_others_at_once() -> None:
         assert len(server.received) < 200
 
 
+def test_answers_of_what_was_asked_before_count_as_kept(cache_path: Path) -> None:
+    with serving(echo) as server, AnswerCache(cache_path, keep=False) as cache:
+        endpoint = endpoint_at(server.url, max_attempts=1)
+        asked(endpoint, *PROMPTS[:3], cache=cache)
+        server.is_dead = True
+        with pytest.raises(EvaluationError, match="; 3 answers are kept in "):
+            asked(endpoint, *PROMPTS[3:], cache=cache)
+
+
+@pytest.fixture
+def _heeds_interrupts() -> Iterator[None]:
+    """What a shell starts in the background ignores interrupts, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_interrupts")
 def test_an_interrupt_ends_all_at_once_and_answers_are_kept(cache_path: Path) -> None:
     def interrupt(prompt: str) -> str:
         if prompt == PROMPTS[2]:
