@@ -14,6 +14,7 @@ from locft.report.page import Block, Command, Fold, Page, Picture
 from locft.report.page import Table as PageTable
 from locft.report.page import Text as PageText
 from locft.report.schema import Cost, EditReport, EvalReport
+from locft.report.sections import capability_table, context_table
 from locft.report.words import (
     MEANINGS,
     SCORE_NAMES,
@@ -26,7 +27,7 @@ from locft.report.words import (
     some,
     verdict,
 )
-from locft.types import AnswerRecord, CapabilityScores, Figure
+from locft.types import AnswerRecord, Figure
 
 if TYPE_CHECKING:  # they load torch
     from locft.bench.growth import Growth
@@ -134,9 +135,13 @@ def show_evaluation(
         title = f"protocol {name}, with 95% intervals: {scores.protocol.match}"
         show_scores(console, title, before, after, scores.change, meanings)
     if report.contexts:
-        _show_contexts(console, report)
+        by = next(iter(report.contexts.values())).protocol.name
+        _show_table(console, f"contexts, by protocol {by}", context_table(report.contexts))
     if report.capability is not None:
-        _show_capability(console, report.capability)
+        capability = report.capability
+        source = "" if capability.data is None else f", items from {capability.data}"
+        title = f"capability, by lm-eval {capability.lm_eval}{source}"
+        _show_table(console, title, capability_table(capability))
     if report.judge is not None:
         agreed = figure_text("agreement", report.judge.agreement)
         console.print(
@@ -174,44 +179,12 @@ def _most_first(cause: tuple[str, int]) -> tuple[int, str]:
     return -cause[1], cause[0]
 
 
-def _show_capability(console: Console, capability: CapabilityScores) -> None:
-    """Show each task, and the mean over them."""
-    source = "" if capability.data is None else f", items from {capability.data}"
-    table = make_table(
-        f"capability, by lm-eval {capability.lm_eval}{source}",
-        *("task", "metric", "before", "after", "change in points"),
-    )
-
-    def add(name: str, metric: str, before: Figure | None, after: Figure, change: Figure | None) -> None:
-        was = "" if before is None else figure_text(name, before)
-        changed = "" if change is None else change_text(change)
-        table.add_row(plain(name), metric, was, figure_text(name, after), changed)
-
-    for name, task in capability.tasks.items():
-        add(name, task.metric, task.before, task.after, task.change)
-    if len(capability.tasks) > 1:
-        add("mean over tasks", "", capability.before, capability.after, capability.change)
-    console.print(table)
-
-
-def _show_contexts(console: Console, report: EvalReport) -> None:
-    """Show how far the edits carry: a row for each context."""
-    some_scores = next(iter(report.contexts.values()))
-    names = list(some_scores.after)
-    columns = [
-        f"{name}{when}"
-        for name in names
-        for when in (("",) if some_scores.before is None else (" before", " after"))
-    ]
-    table = make_table(f"contexts, by protocol {some_scores.protocol.name}", "context", *columns)
-    for context, scores in report.contexts.items():
-        cells: list[str] = []
-        for name in names:
-            if scores.before is not None:
-                cells.append(figure_text(name, scores.before[name]))
-            cells.append(figure_text(name, scores.after[name]))
-        table.add_row(context, *cells)
-    console.print(table)
+def _show_table(console: Console, title: str, table: PageTable) -> None:
+    """Show a table of a page."""
+    shown = make_table(title, *(one_line(name) for name in table.columns))
+    for row in table.rows:
+        shown.add_row(*map(plain, row))
+    console.print(shown)
 
 
 def show_page(console: Console, page: Page) -> None:
@@ -226,10 +199,7 @@ def show_page(console: Console, page: Page) -> None:
 def _show_block(console: Console, block: Block, title: str) -> None:
     match block:
         case PageTable():
-            table = make_table(title, *(one_line(name) for name in block.columns))
-            for row in block.rows:
-                table.add_row(*map(plain, row))
-            console.print(table)
+            _show_table(console, title, block)
         case PageText(text) | Command(text) | Fold(title=text):
             console.print(Text(one_line(text, limit=None)))
         case Picture():

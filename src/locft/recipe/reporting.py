@@ -1,14 +1,14 @@
 """Draw runs again, alone or side by side, from what they left on the disk (no torch)."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
 from locft.errors import InputError
 from locft.evaluation.metrics import mean_per_token, paired_difference
-from locft.publish import add_files, locked, staged_folder
-from locft.recipe.run_folder import REPORT_FILE, Run, draw, read_run
+from locft.publish import add_files, locked
+from locft.recipe.run_folder import REPORT_FILE, Run, draw, read_run, write_folder
 from locft.report.comparison import describe_comparison
 from locft.report.content import evaluated_name
 from locft.report.page import Page
@@ -44,7 +44,7 @@ def redraw(folder: str | Path, output: str | Path | None = None) -> list[Path]:
     run = read_run(Path(folder))
     files = draw(run.page())
     if output is not None:
-        _write_folder(Path(output), files)
+        write_folder(Path(output), files)
         return [Path(output) / name for name in files]
     try:
         with locked(run.folder):
@@ -93,14 +93,8 @@ def compare_runs(
     )
     page = describe_comparison(report)
     if output is not None:
-        _write_folder(Path(output), {**draw(page), REPORT_FILE: to_bytes(report)})
+        write_folder(Path(output), {**draw(page), REPORT_FILE: to_bytes(report)})
     return report, page
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    with staged_folder(folder) as staging:
-        for name, data in files.items():
-            (staging / name).write_bytes(data)
 
 
 _Rule = tuple[str, str]

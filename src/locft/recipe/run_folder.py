@@ -88,8 +88,13 @@ def save_scored(run: Run) -> None:
 
 def save_evaluation(run: Run) -> None:
     """Write an evaluation and the answers that it comes from, as a folder of its own."""
-    with staged_folder(run.folder) as staging:
-        for name, data in _files(run).items():
+    write_folder(run.folder, _files(run))
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files as a folder of their own, whole or not at all."""
+    with staged_folder(folder) as staging:
+        for name, data in files.items():
             (staging / name).write_bytes(data)
 
 

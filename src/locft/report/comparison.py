@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from locft.report.page import Block, Page, Section, Table, Text
 from locft.report.pictures import FrontPoint, draw_changes, draw_front
 from locft.report.schema import ComparedRun, ComparisonReport, Difference
-from locft.report.words import bytes_text, change_text, counted, figure_text, seconds_text
+from locft.report.sections import drawn
+from locft.report.words import (
+    bytes_text,
+    change_text,
+    counted,
+    figure_text,
+    seconds_text,
+    setting_text,
+)
 from locft.types import Figure
 
 
@@ -122,7 +130,7 @@ def _differences(report: ComparisonReport) -> tuple[Block, ...]:
         for one in report.differences
     ]
     return (
-        *(() if picture is None else (picture,)),
+        *drawn(picture),
         Table(columns=("run", "score", f"against {first}", "paired items"), rows=tuple(rows)),
         Text(
             "Differences are paired: only items that both runs have count (the same prompt, with the "
@@ -193,9 +201,5 @@ def _settings(runs: Sequence[ComparedRun]) -> tuple[Block, ...]:
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     if not names:
         return ()
-    rows = [(run.name, *(_setting_text(run.settings.get(name, "-")) for name in names)) for run in runs]
+    rows = [(run.name, *(setting_text(run.settings.get(name, "-")) for name in names)) for run in runs]
     return (Table(columns=("run", *names), rows=tuple(rows)),)
-
-
-def _setting_text(value: object) -> str:
-    return "none" if value is None else str(value)

@@ -110,12 +110,7 @@ def describe_evaluation(report: EvalReport, answers: Sequence[AnswerRecord]) -> 
     sections = [
         *_evaluation_sections(Evaluated(name="", report=report, answers=answers)),
         Section(title="Drift", blocks=() if report.drift is None else drift_blocks(report.drift)),
-        Section(
-            title="Answers",
-            blocks=answer_blocks(
-                [one for one in answers if one.protocol == main.protocol.name], main.protocol
-            ),
-        ),
+        Section(title="Answers", blocks=answer_blocks(answers, main.protocol)),
         Section(title="Cost", blocks=(eval_cost_table(report.cost, report.parts_s),)),
         Section(title="Where", blocks=(provenance_table(report.environment, report.edits),)),
     ]

@@ -24,6 +24,7 @@ from locft.report.words import (
     counted,
     figure_text,
     seconds_text,
+    setting_text,
 )
 from locft.types import AnswerRecord, CapabilityScores, Figure
 
@@ -134,9 +135,18 @@ def learning_blocks(training: TrainingInfo, settings: Mapping[str, Any]) -> tupl
 
 
 def context_blocks(contexts: Mapping[str, ProtocolScores]) -> tuple[Block, ...]:
-    """Show how far the edits carry: a row for each context; nothing if none was asked for."""
+    """Show how far the edits carry, if any context was asked for."""
     if not contexts:
         return ()
+    name = next(iter(contexts.values())).protocol.name
+    return (
+        context_table(contexts),
+        Text(f"By protocol {name}: the same prompts, put into different contexts."),
+    )
+
+
+def context_table(contexts: Mapping[str, ProtocolScores]) -> Table:
+    """Put how far the edits carry into a table, a row for each context; there is one at least."""
     first = next(iter(contexts.values()))
     names = list(first.after)
     columns = [
@@ -151,14 +161,25 @@ def context_blocks(contexts: Mapping[str, ProtocolScores]) -> tuple[Block, ...]:
             figures = (scores.after,) if first.before is None else (scores.before or {}, scores.after)
             cells += [figure_text(name, found[name]) if name in found else "-" for found in figures]
         rows.append((context, *cells))
-    return (
-        Table(columns=("context", *columns), rows=tuple(rows)),
-        Text(f"By protocol {first.protocol.name}: the same prompts, put into different contexts."),
-    )
+    return Table(columns=("context", *columns), rows=tuple(rows))
 
 
 def capability_blocks(capability: CapabilityScores, suffix: str) -> tuple[Block, ...]:
     """Show each task before and after, and the mean over tasks."""
+    tasks = capability.tasks
+    before = {name: task.before for name, task in tasks.items() if task.before is not None}
+    after = {name: task.after for name, task in tasks.items()}
+    source = "the hub" if capability.data is None else capability.data
+    limit = "all items" if capability.limit is None else f"at most {counted(capability.limit, 'item')}"
+    return (
+        *drawn(draw_shares(f"Capability before and after{suffix}", before or None, after)),
+        capability_table(capability),
+        Text(f"By lm-eval {capability.lm_eval}, items from {source}, {limit} of each task."),
+    )
+
+
+def capability_table(capability: CapabilityScores) -> Table:
+    """Put each task, and the mean over tasks if there are several, into a table."""
     tasks = capability.tasks
     rows = [
         (
@@ -181,15 +202,7 @@ def capability_blocks(capability: CapabilityScores, suffix: str) -> tuple[Block,
                 "" if mean.change is None else change_text(mean.change),
             )
         )
-    before = {name: task.before for name, task in tasks.items() if task.before is not None}
-    after = {name: task.after for name, task in tasks.items()}
-    source = "the hub" if capability.data is None else capability.data
-    limit = "all items" if capability.limit is None else f"at most {counted(capability.limit, 'item')}"
-    return (
-        *drawn(draw_shares(f"Capability before and after{suffix}", before or None, after)),
-        Table(columns=("task", "metric", "before", "after", "change in points"), rows=tuple(rows)),
-        Text(f"By lm-eval {capability.lm_eval}, items from {source}, {limit} of each task."),
-    )
+    return Table(columns=("task", "metric", "before", "after", "change in points"), rows=tuple(rows))
 
 
 def drift_blocks(drift: DriftInfo) -> tuple[Block, ...]:
@@ -226,7 +239,8 @@ def drift_blocks(drift: DriftInfo) -> tuple[Block, ...]:
 
 def answer_blocks(answers: Sequence[AnswerRecord], protocol: Protocol) -> tuple[Block, ...]:
     """Show answers in groups, the failures first, those of the edits' own prompts before others."""
-    shown = [one for one in answers if one.after is not None and one.context == protocol.context]
+    way = (protocol.name, protocol.context)
+    shown = [one for one in answers if one.after is not None and (one.protocol, one.context) == way]
     if not shown:
         return ()
     failed = [one for one in shown if one.score_after is not None and one.score_after < 1]
@@ -235,12 +249,10 @@ def answer_blocks(answers: Sequence[AnswerRecord], protocol: Protocol) -> tuple[
     groups: list[tuple[str, list[AnswerRecord]]] = []
     kinds = tuple(dict.fromkeys(one.kind for one in shown))
     for kind in kinds:
-        of_kind = [one for one in failed if one.kind == kind]
-        causes = dict.fromkeys(one.cause or "not as expected" for one in of_kind)
-        by_cause = {
-            cause: [one for one in of_kind if (one.cause or "not as expected") == cause]
-            for cause in causes
-        }
+        by_cause: dict[str, list[AnswerRecord]] = {}
+        for one in failed:
+            if one.kind == kind:
+                by_cause.setdefault(one.cause or "not as expected", []).append(one)
         largest_first = sorted(by_cause.items(), key=lambda item: -len(item[1]))
         groups += [(f"{kind}, failed: {cause}", found) for cause, found in largest_first]
     for kind in kinds:
@@ -248,16 +260,11 @@ def answer_blocks(answers: Sequence[AnswerRecord], protocol: Protocol) -> tuple[
         found = sorted((one for one in right if one.kind == kind), key=lambda one: not one.before)
         groups.append((f"{kind}, as expected", found))
         groups.append((f"{kind}, not scored", [one for one in open_ if one.kind == kind]))
+    filled = [(title, found) for title, found in groups if found]
     folds = [
-        Fold(
-            title=f"{title}: {len(found):,}",
-            blocks=(_answers_table(found),),
-            is_open=False,
-        )
-        for title, found in groups
-        if found
+        Fold(title=f"{title}: {len(found):,}", blocks=(_answers_table(found),), is_open=number == 0)
+        for number, (title, found) in enumerate(filled)
     ]
-    folds[0] = Fold(title=folds[0].title, blocks=folds[0].blocks, is_open=True)
     counts = f"{len(failed):,} of {counted(len(shown), 'answer')} are not as expected."
     return (Text(f"{counts} All of them: answers.jsonl."), *folds)
 
@@ -327,16 +334,14 @@ def edit_cost_blocks(cost: Cost, plan: PlannedCost | None, training: TrainingInf
     rows = [(title, seconds_text(getattr(cost, name)), *planned(name)) for title, name in parts.items()]
     memory = () if plan is None else (bytes_text(plan.peak_memory_bytes),)
     rows.append(("peak memory", bytes_text(cost.peak_memory_bytes), *memory))
-    blocks: list[Block] = [
-        Table(columns=("part", "took", *(("planned",) if plan else ())), rows=tuple(rows))
-    ]
+    table = Table(columns=("part", "took", *(("planned",) if plan else ())), rows=tuple(rows))
     per_edit = f"{cost.seconds_per_edit:.3g} s per edit (frozen layers and training)."
     if plan is not None:
         per_edit += (
             f" The plan allowed for {plan.epochs_at_most:,} epochs, and training took "
             f"{training.epochs:,}; it takes the machine to be as fast as it was before training."
         )
-    return (Text(per_edit), *blocks)
+    return (Text(per_edit), table)
 
 
 def eval_cost_table(cost: EvalCost, parts_s: Mapping[str, float]) -> Table:
@@ -351,7 +356,7 @@ def eval_cost_table(cost: EvalCost, parts_s: Mapping[str, float]) -> Table:
 
 def settings_blocks(settings: Mapping[str, Any]) -> tuple[Block, ...]:
     """Show the settings; nothing where there are none."""
-    rows = tuple((name, "none" if value is None else str(value)) for name, value in settings.items())
+    rows = tuple((name, setting_text(value)) for name, value in settings.items())
     return (Table(columns=("setting", "value"), rows=rows),) if rows else ()
 
 

@@ -98,6 +98,11 @@ def _seen(character: str) -> str:
     return " " if character.isspace() else json.dumps(character)[1:-1]
 
 
+def setting_text(value: object) -> str:
+    """Word the value of a setting."""
+    return "none" if value is None else str(value)
+
+
 def counted(num: int, noun: str, plural: str | None = None) -> str:
     """Word a count: ``1 edit``, ``1,000 edits``."""
     return f"{num:,} {noun if num == 1 else plural or noun + 's'}"
