@@ -1,8 +1,10 @@
 """Reports made on the spot, with one text of a user in every field that may hold one."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
+from locft.evaluation.metrics import mean, mean_per_token
 from locft.report.schema import (
     SCHEMA_VERSION,
     ComparedRun,
@@ -25,7 +27,9 @@ from locft.report.schema import (
     ProtocolScores,
     TrainingInfo,
 )
+from locft.report.words import PROTOCOL_SCORES
 from locft.types import (
+    KINDS,
     AnswerRecord,
     CapabilityScores,
     Cause,
@@ -37,6 +41,8 @@ from locft.types import (
     Scores,
     TaskScores,
 )
+
+Report = TypeVar("Report", EditReport, EvalReport)
 
 BY_DEFINITION = "by definition: the unedited model is compared with itself"
 NONE = Figure(value=None, num=0, reason="the edits hold none")
@@ -69,6 +75,7 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
             num_parameters=2048,
         ),
         settings={"lr": "auto", "drift_text": text, "revision": None, "stop_loss": 0.01},
+        resolved={"lr": 0.002, "device": text},
         training=TrainingInfo(
             lr=0.002,
             batch_size=20,
@@ -112,6 +119,67 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
         environment=_environment(text),
     )
     return dataclasses.replace(report, **changes)
+
+
+def fit_report(
+    report: Report, answers: Sequence[AnswerRecord], passages: Sequence[PassageDrift]
+) -> Report:
+    """Give a report the scores and the drift that its answers and passages come to."""
+    drift = report.drift
+    if drift is not None:
+        drift = dataclasses.replace(
+            drift,
+            overall=_mean_drift(passages),
+            by_kind={
+                kind: _mean_drift([one for one in passages if one.kind == kind])
+                for kind in dict.fromkeys(one.kind for one in passages)
+            },
+        )
+    if isinstance(report, EditReport):
+        assert drift is not None
+        before = dict(vars(report.scores_before))
+        after = _fit_scores(report.protocol, before, vars(report.scores), answers)
+        scores = Scores(**{**after, "drift": drift.overall})
+        return dataclasses.replace(report, scores=scores, drift=drift)
+    protocols, contexts = (
+        {
+            name: dataclasses.replace(
+                one, after=_fit_scores(one.protocol, one.before, one.after, answers)
+            )
+            for name, one in found.items()
+        }
+        for found in (report.protocols, report.contexts)
+    )
+    return dataclasses.replace(report, protocols=protocols, contexts=contexts, drift=drift)
+
+
+def _fit_scores(
+    protocol: Protocol,
+    before: Mapping[str, Figure] | None,
+    after: Mapping[str, Figure],
+    answers: Sequence[AnswerRecord],
+) -> dict[str, Figure]:
+    fitted = dict(after)
+    for kind, name in zip(KINDS, PROTOCOL_SCORES[protocol.name], strict=True):
+        if name not in after:
+            continue
+        rule = (protocol.name, protocol.context, kind)
+        is_paired = name in (before or {})
+        fitted[name] = mean(
+            [
+                one.score_after
+                for one in answers
+                if (one.protocol, one.context, one.kind) == rule and one.score_after is not None
+                if one.score_before is not None or not is_paired
+            ]
+        )
+    return fitted
+
+
+def _mean_drift(passages: Sequence[PassageDrift]) -> Figure:
+    return mean_per_token(
+        [one.drift * one.num_tokens for one in passages], [one.num_tokens for one in passages]
+    )
 
 
 def make_evaluation(text: str = "plain", **changes: Any) -> EvalReport:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 Kind = Literal["reliability", "generalization", "locality"]
 KINDS: tuple[Kind, ...] = ("reliability", "generalization", "locality")
 
-Cause = Literal["empty", "rambling", "contained", "near miss", "right elsewhere", "wrong fact"]
+Cause = Literal[
+    "empty", "rambling", "contained", "near miss", "right elsewhere", "wrong fact", "answered otherwise"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

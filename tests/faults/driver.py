@@ -22,7 +22,7 @@ from typing import Any
 
 # Loaded before the children are forked, so that what they do is their command alone.
 import numpy  # noqa: F401
-from reports import make_answers, make_passages, make_report
+from reports import fit_report, make_answers, make_passages, make_report
 
 import locft.cli.patches  # noqa: F401
 from locft.cli import parser
@@ -36,7 +36,12 @@ from locft.recipe import run_folder
 from locft.recipe.run_folder import TRAINING_FILE, Run, draw, save_scored, save_trained
 from locft.types import Edit
 
-_RUN = Run(Path(), make_report(), make_answers(), make_passages())
+_RUN = Run(
+    Path(),
+    fit_report(make_report(), make_answers(), make_passages()),
+    make_answers(),
+    make_passages(),
+)
 
 _EDIT = Edit(id="1", prompt="The sky is", target="green", rephrases=("Above us is",))
 

@@ -3,7 +3,7 @@
 import difflib
 
 from locft.data.normalise import cut_answer, normalise
-from locft.types import Cause
+from locft.types import Cause, Kind
 
 CAUSES: dict[Cause, str] = {
     "empty": "nothing is left of the answer once it is normalised",
@@ -12,18 +12,22 @@ CAUSES: dict[Cause, str] = {
     "near miss": "the answer is spelt almost so, or is a part of what was expected",
     "right elsewhere": "the answer is wrong here, and right in another context that was measured",
     "wrong fact": "the answer says something else",
+    "answered otherwise": "the same of a locality prompt, where nothing is right or wrong",
 }
 
 # Share of letters in common, in order, from which on two answers count as spelt almost alike.
 _ALMOST = 0.8
 
 
-def find_cause(answer: str, expected: str, *, is_right_elsewhere: bool = False) -> Cause:
+def find_cause(
+    answer: str, expected: str, kind: Kind = "reliability", *, is_right_elsewhere: bool = False
+) -> Cause:
     """Find why an answer does not match; the first cause that holds counts.
 
     Args:
         answer: The answer, which is not a match.
         expected: What was expected.
+        kind: What the prompt measures.
         is_right_elsewhere: Whether the same prompt is answered right in another context.
 
     Returns:
@@ -41,4 +45,6 @@ def find_cause(answer: str, expected: str, *, is_right_elsewhere: bool = False) 
             return "near miss"
     if is_right_elsewhere:
         return "right elsewhere"
-    return "wrong fact" if words else "empty"
+    if not words:
+        return "empty"
+    return "answered otherwise" if kind == "locality" else "wrong fact"

@@ -97,5 +97,5 @@ def _with_cause(record: AnswerRecord, right: set[tuple[str, str, Kind, str]]) ->
     if is_match(record.after, record.expected):  # a judge denied it
         return record
     is_right_elsewhere = (record.protocol, record.edit, record.kind, record.prompt) in right
-    cause = find_cause(record.after, record.expected, is_right_elsewhere=is_right_elsewhere)
+    cause = find_cause(record.after, record.expected, record.kind, is_right_elsewhere=is_right_elsewhere)
     return replace(record, cause=cause)

@@ -115,9 +115,13 @@ def unanimous_interval(value: float, num: int, least: float, most: float) -> tup
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure:
-    """Give the mean difference of two models on the same items, with its paired bootstrap interval.
+    """Give the mean difference of two models on the same items, with its paired interval.
 
-    Items are resampled, not models: what makes an item easy or hard for both cancels out.
+    What makes an item easy or hard for both cancels out. Where every value is 0 or 1 the difference is
+    one of two shares, and the interval is Newcombe's; else it is a bootstrap over items.
+
+    Source: Newcombe (1998), Improved confidence intervals for the difference between binomial
+        proportions based on paired data, method 10.
 
     Args:
         before: One value for each item.
@@ -126,7 +130,46 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Figure
     Returns:
         The mean of `after` less `before`; without a value where there are no items.
     """
-    return mean([late - early for early, late in zip(before, after, strict=True)], least=-1.0)
+    pairs = list(zip(before, after, strict=True))
+    if not pairs or any(value not in (0, 1) for pair in pairs for value in pair):
+        return mean([late - early for early, late in pairs], least=-1.0)
+    num = len(pairs)
+    both = sum(early == late == 1 for early, late in pairs)
+    gained = sum(late > early for early, late in pairs)
+    lost = sum(late < early for early, late in pairs)
+    now, was = share(both + gained, num), share(both + lost, num)
+    value = (gained - lost) / num
+    correlation = _correlation(both, gained, lost, num - both - gained - lost)
+    down = _joint_error(_below(now), _above(was), correlation)
+    up = _joint_error(_above(now), _below(was), correlation)
+    return Figure(value=value, num=num, low=max(-1.0, value - down), high=min(1.0, value + up))
+
+
+def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
+    """Give the correlation of two models' successes, less Newcombe's correction for continuity."""
+    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    if margins == 0:
+        return 0.0
+    together = float(both * neither - gained * lost)
+    if together > 0:
+        together = max(together - (both + gained + lost + neither) / 2, 0.0)
+    return float(together / np.sqrt(margins))
+
+
+def _joint_error(one: float, other: float, correlation: float) -> float:
+    return float(np.sqrt(max(0.0, one * one - 2 * correlation * one * other + other * other)))
+
+
+def _below(figure: Figure) -> float:
+    assert figure.value is not None
+    assert figure.low is not None
+    return figure.value - figure.low
+
+
+def _above(figure: Figure) -> float:
+    assert figure.value is not None
+    assert figure.high is not None
+    return figure.high - figure.value
 
 
 def resampled_means(values: Sequence[float], random: np.random.Generator) -> Floats:

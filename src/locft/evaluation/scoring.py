@@ -55,7 +55,8 @@ class Compared:
     Attributes:
         before: The unedited model's; None if there is none.
         after: The scored model's.
-        change: The mean difference, with its paired interval; None if there is nothing to compare.
+        change: The mean difference, with its paired interval (that of `after` alone where the unedited
+            model's score holds by definition); None if there is nothing to compare.
     """
 
     before: Figure | None
@@ -192,10 +193,24 @@ def compare(
     before, after = [early for early, _ in pairs], [late for _, late in pairs]
     of_after = _figure(after, is_share=is_share)
     of_before = _figure(before, is_share=is_share)
+    change = paired_difference(before, after)
     if is_own_standard and of_before.value is not None:
         value = of_before.value
         of_before = replace(of_before, low=value, high=value, reason=_BY_DEFINITION)
-    return Compared(before=of_before, after=of_after, change=paired_difference(before, after))
+        change = _less(of_after, value)
+    return Compared(before=of_before, after=of_after, change=change)
+
+
+def _less(figure: Figure, standard: float) -> Figure:
+    """Give how far a figure is from a value that holds by definition, and so is no less sure."""
+    if figure.value is None or figure.low is None or figure.high is None:
+        return figure
+    return replace(
+        figure,
+        value=figure.value - standard,
+        low=figure.low - standard,
+        high=figure.high - standard,
+    )
 
 
 def drift_of_unedited(num_passages: int) -> Figure:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from locft.config import RunConfig, settings
 from locft.data.edits import EditFile
@@ -181,6 +184,7 @@ def _edit(
         edits=describe_edits(gathered, len(warnings)),
         location=describe_location(location, patch, changes),
         settings=asdict(config),
+        resolved=_resolved(config, location, manifest, device),
         training=TrainingInfo(
             lr=schedule.lr,
             batch_size=schedule.batch_size,
@@ -213,6 +217,14 @@ def _edit(
     )
     save_scored(Run(run, report, tuple(records), drift.passages))
     return report
+
+
+def _resolved(
+    config: RunConfig, location: Location, manifest: PatchManifest, device: torch.device
+) -> dict[str, Any]:
+    """Tell what settings came to that were not given as they were used."""
+    used = {**asdict(config), **manifest.settings, "location": location.name, "device": device.type}
+    return {name: used[name] for name, given in asdict(config).items() if used[name] != given}
 
 
 def _reader(subject: Subject, config: RunConfig, label: str, guesses: Mapping[str, str]) -> Reader:

@@ -1,12 +1,14 @@
 """Draw runs again, alone or side by side, from what they left on the disk (no torch)."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
 from locft.errors import InputError
 from locft.evaluation.metrics import mean_per_token, paired_difference
+from locft.patch.format import PATCH_FOLDER
 from locft.publish import add_files, locked
 from locft.recipe.run_folder import REPORT_FILE, Run, draw, read_run, write_folder
 from locft.report.comparison import describe_comparison
@@ -18,6 +20,7 @@ from locft.report.schema import (
     ComparisonReport,
     Difference,
     EditReport,
+    EvalReport,
     to_bytes,
 )
 from locft.report.sections import with_drift
@@ -27,25 +30,35 @@ from locft.types import KINDS, Figure, Kind
 _MOST_RUNS = len(ascii_uppercase)
 
 
-def redraw(folder: str | Path, output: str | Path | None = None) -> list[Path]:
+def redraw(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[EditReport | EvalReport, list[Path]]:
     """Draw the report of a run again, from its folder.
 
     Args:
         folder: The run folder, or that of an evaluation.
-        output: A folder to make for what is drawn; the run folder itself if None.
+        output: A folder to make for `report.md`, `report.html` and a copy of `report.json`; if None, the
+            first two are drawn into the run folder itself.
+        say: Called with a line about what the report does without.
 
     Returns:
-        The files: `report.md` and `report.html`.
+        The report, and the files that were written.
 
     Raises:
         RunError: It is no run folder, is not whole, is damaged, or of another version.
         InputError: `output` is taken, or cannot be written to.
     """
-    run = read_run(Path(folder))
+    run = read_run(Path(folder), say)
+    if isinstance(run.report, EditReport) and not (run.folder / PATCH_FOLDER).is_dir():
+        say(f"{folder}: holds no {PATCH_FOLDER}/ any more, only what was measured of it")
     files = draw(run.page())
     if output is not None:
+        files[REPORT_FILE] = to_bytes(run.report)
         write_folder(Path(output), files)
-        return [Path(output) / name for name in files]
+        return run.report, [Path(output) / name for name in files]
     try:
         with locked(run.folder):
             add_files(run.folder, files)
@@ -55,7 +68,7 @@ def redraw(folder: str | Path, output: str | Path | None = None) -> list[Path]:
         ) from error
     except InputError as error:
         raise InputError(f"{error}; -o DIR draws it elsewhere") from error
-    return [run.folder / name for name in files]
+    return run.report, [run.folder / name for name in files]
 
 
 def compare_runs(
@@ -72,10 +85,17 @@ def compare_runs(
 
     Raises:
         RunError: One is no run folder, is not whole, is damaged, or of another version.
-        InputError: There are too few or too many, or `output` is taken or cannot be written to.
+        InputError: There are too few or too many, one is named twice, or `output` is taken or cannot be
+            written to.
     """
     if not 2 <= len(folders) <= _MOST_RUNS:
         raise InputError(f"{len(folders):,} runs: expected 2 to {_MOST_RUNS} to compare")
+    seen: set[Path] = set()
+    for folder in folders:
+        place = Path(folder).resolve()
+        if place in seen:
+            raise InputError(f"{folder}: is named twice: expected different runs to compare")
+        seen.add(place)
     runs = [read_run(Path(folder)) for folder in folders]
     first = runs[0]
     rule = _main_rule(first)
@@ -142,7 +162,7 @@ def _describe(name: str, run: Run, rule: _Rule, odd: Sequence[str]) -> ComparedR
         wall_s=report.cost.wall_s,
         peak_memory_bytes=report.cost.peak_memory_bytes,
         patch_bytes=report.patch_bytes if isinstance(report, EditReport) else None,
-        settings={setting: report.settings.get(setting) for setting in odd}
+        settings={setting: _resolved(report).get(setting) for setting in odd}
         if isinstance(report, EditReport)
         else {},
     )
@@ -150,9 +170,13 @@ def _describe(name: str, run: Run, rule: _Rule, odd: Sequence[str]) -> ComparedR
 
 def _odd_settings(runs: Sequence[Run]) -> list[str]:
     """Name the settings that are not the same in all edit runs."""
-    settings = [run.report.settings for run in runs if isinstance(run.report, EditReport)]
+    settings = [_resolved(run.report) for run in runs if isinstance(run.report, EditReport)]
     names = dict.fromkeys(name for one in settings for name in one)
     return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
+
+
+def _resolved(report: EditReport) -> dict[str, Any]:
+    return {**report.settings, **report.resolved}
 
 
 def _differences(

@@ -6,8 +6,9 @@ run. An evaluation is a folder of its own, which may stand within the run folder
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +16,24 @@ import msgspec
 
 from locft.config import RunConfig, to_toml
 from locft.data.edits import write_edits
-from locft.errors import RunError, brief, first_line, printable
+from locft.errors import RunError, brief, first_line
 from locft.openfile import open_regular, read_limited
 from locft.patch.format import PATCH_FOLDER, Patch, write_patch
 from locft.publish import add_files, staged_folder
+from locft.recipe.soundness import (
+    impossible_record,
+    impossible_value,
+    inconsistent_report,
+    unlike_answers,
+    unlike_passages,
+)
 from locft.report.content import Evaluated, describe_edit, describe_evaluation
 from locft.report.html import draw_html
 from locft.report.markdown import draw_markdown
 from locft.report.page import Page
 from locft.report.schema import SCHEMA_VERSION, EditReport, EvalReport, to_bytes
-from locft.report.words import some
 from locft.strictjson import parse_json
-from locft.types import AnswerRecord, Edit, Figure, PassageDrift
+from locft.types import AnswerRecord, Edit, PassageDrift
 
 ANSWERS_FILE = "answers.jsonl"
 DRIFT_FILE = "drift.jsonl"
@@ -37,8 +44,6 @@ TRAINING_FILE = "train.jsonl"
 _REPORTS: dict[str, type[EditReport] | type[EvalReport]] = {"edit": EditReport, "evaluation": EvalReport}
 _MAX_REPORT_BYTES = 100_000_000
 _MAX_LINE_BYTES = 10_000_000
-_MOST_FIFTHS = 5
-_LARGEST = 10**15  # nothing that is measured is larger, and larger numbers cannot all be drawn
 
 Record = TypeVar("Record")
 
@@ -116,11 +121,13 @@ def _lines(records: Iterable[Any]) -> bytes:
     return "".join(f"{json.dumps(asdict(one), ensure_ascii=False)}\n" for one in records).encode()
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, say: Callable[[str], None] = lambda _: None) -> Run:
     """Read a run folder, or the folder of an evaluation.
 
     Args:
         folder: The folder.
+        say: Called with a line about each evaluation within a run folder that cannot be read and is left
+            out.
 
     Returns:
         The run, with the evaluations that stand within its folder.
@@ -128,21 +135,28 @@ def read_run(folder: Path) -> Run:
     Raises:
         RunError: It is none, is not whole, is damaged, or another version of locft wrote it.
     """
-    report = _read_report(folder)
+    with _way_out(folder):
+        run = _read_alone(folder)
+    if not isinstance(run.report, EditReport):
+        return run
+    return replace(run, evaluations=tuple(_evaluations(folder, say)))
+
+
+def _read_alone(folder: Path) -> Run:
+    """Read a run or an evaluation, without what stands within its folder."""
+    report = _to_report(_read_record(folder), folder)
     answers = tuple(_read_lines(folder / ANSWERS_FILE, AnswerRecord))
     passages: tuple[PassageDrift, ...] = ()
+    wrong = unlike_answers(report, answers)
     if report.drift is not None:
         passages = tuple(_read_lines(folder / DRIFT_FILE, PassageDrift))
-    return Run(
-        folder=folder,
-        report=report,
-        answers=answers,
-        passages=passages,
-        evaluations=tuple(_evaluations(folder)) if isinstance(report, EditReport) else (),
-    )
+        wrong = wrong or unlike_passages(report.drift, passages)
+    if wrong:
+        raise RunError(f"{folder / REPORT_FILE}: does not fit what it was made from: {wrong}")
+    return Run(folder=folder, report=report, answers=answers, passages=passages)
 
 
-def _evaluations(folder: Path) -> Iterator[Evaluated]:
+def _evaluations(folder: Path, say: Callable[[str], None]) -> Iterator[Evaluated]:
     """Read the evaluations that stand within a run folder, in the order of their names."""
     try:
         # A hidden one is being written, or a killed writer left it.
@@ -152,17 +166,38 @@ def _evaluations(folder: Path) -> Iterator[Evaluated]:
     for path in inner:
         if not (path / REPORT_FILE).is_file():
             continue
-        record = _read_record(path)
-        if record.get("kind") in ("edit", "comparison"):
+        try:
+            with _way_out(path):
+                if _read_record(path).get("kind") in ("edit", "comparison"):
+                    continue
+                found = _read_alone(path)
+        except RunError as error:
+            say(f"left out: {error}")
             continue
-        report = _to_report(record, path)
-        answers = _read_lines(path / ANSWERS_FILE, AnswerRecord)
-        if isinstance(report, EvalReport):
-            yield Evaluated(name=path.name, report=report, answers=tuple(answers))
+        if isinstance(found.report, EvalReport):
+            yield Evaluated(name=path.name, report=found.report, answers=found.answers)
 
 
-def _read_report(folder: Path) -> EditReport | EvalReport:
-    return _to_report(_read_record(folder), folder)
+@contextmanager
+def _way_out(folder: Path) -> Iterator[None]:
+    """Say how to score the patch of a run that cannot be read, or whose evaluation cannot be."""
+    try:
+        yield
+    except RunError as error:
+        if not _is_folder(folder):
+            raise
+        run = next((at for at in (folder, folder.parent) if _is_folder(at / PATCH_FOLDER)), None)
+        if run is None:
+            raise
+        how = f"`locft eval MODEL {run / EDITS_FILE} --patch {run} -o NEW`"
+        raise RunError(f"{error}; to score its patch: {how}") from error
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # its name is too long, or it may not be looked at
+        return False
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -185,7 +220,7 @@ def _to_report(record: dict[str, Any], folder: Path) -> EditReport | EvalReport:
     file = folder / REPORT_FILE
     version = record.get("schema_version")
     if version != SCHEMA_VERSION or type(version) is not int:
-        raise RunError(f"{file}: {_what_version(version, folder)}")
+        raise RunError(f"{file}: {_what_version(version)}")
     kind = record.get("kind")
     if not isinstance(kind, str) or kind not in _REPORTS:
         raise RunError(
@@ -198,7 +233,7 @@ def _to_report(record: dict[str, Any], folder: Path) -> EditReport | EvalReport:
         raise RunError(f"{file}: is damaged: {_place(error)}") from error
     except UnicodeError as error:  # half a character where a number belongs
         raise RunError(f"{file}: is damaged: {first_line(error)}") from error
-    if wrong := next(_unsound(report), "") or _inconsistent(report):
+    if wrong := impossible_value(report) or inconsistent_report(report):
         raise RunError(f"{file}: is damaged: {wrong}")
     return report
 
@@ -210,80 +245,19 @@ def _what_else(folder: Path) -> str:
             "is no folder: expected a run folder" if folder.exists() else "there is no such run folder"
         )
     if (folder / PATCH_FOLDER).is_dir():
-        return (
-            f"is a run whose patch is finished and whose scores are not (no {REPORT_FILE}): take them "
-            f"with `locft eval MODEL {folder / EDITS_FILE} --patch {folder} -o NEW`"
-        )
+        return f"is a run whose patch is finished and whose scores are not (no {REPORT_FILE})"
     return f"is no run folder (no {REPORT_FILE}): expected what `locft edit -o` or `locft eval -o` made"
 
 
-def _what_version(version: object, folder: Path) -> str:
+def _what_version(version: object) -> str:
     if type(version) is not int:
-        return f"field schema_version is {brief(version)}: expected {SCHEMA_VERSION}"
+        return f"field schema_version is {brief(version)}: expected the number {SCHEMA_VERSION}"
     if version > SCHEMA_VERSION:
         return (
             f"a newer locft wrote it (report version {version:,}; this one reads {SCHEMA_VERSION}): "
             "upgrade locft"
         )
-    return (
-        f"an older locft wrote it (report version {version:,}; this one reads {SCHEMA_VERSION}). Its "
-        f"patch is as good as ever: score it again with `locft eval MODEL {folder / EDITS_FILE} --patch "
-        f"{folder} -o NEW`"
-    )
-
-
-def _unsound(value: object, place: str = "") -> Iterator[str]:
-    """Name the values that cannot have been measured, and could not be drawn."""
-    if isinstance(value, int | float) and abs(value) > _LARGEST:
-        yield f"field {place} is {brief(value)}: expected a number of at most {_LARGEST:,}"
-    if (
-        isinstance(value, Figure)
-        and value.value is not None
-        and value.reason is None
-        and (value.low is None or value.high is None)
-    ):
-        yield f"field {place} has a value, and neither an interval (low, high) nor a reason"
-    parts: Iterable[tuple[object, object]] = ()
-    if is_dataclass(value):
-        parts = vars(value).items()
-    elif isinstance(value, Mapping):
-        parts = value.items()
-    elif isinstance(value, tuple):
-        parts = enumerate(value)
-    for name, part in parts:
-        if name != "settings":
-            inner = (
-                f"{place}[{name}]" if isinstance(name, int) else printable(f"{place}.{name}").lstrip(".")
-            )
-            yield from _unsound(part, inner)
-
-
-def _inconsistent(report: EditReport | EvalReport) -> str:
-    """Say what of a report cannot be, where each field by itself could; nothing if all fits."""
-    if isinstance(report, EvalReport):
-        if not report.protocols:
-            return "field protocols is empty: expected one at least"
-        names: set[str] | None = None
-        for name, scores in report.contexts.items():
-            found = scores.after.keys() if scores.before is None else scores.before.keys()
-            names = set(scores.after) if names is None else names
-            if not names == scores.after.keys() == found:
-                return f"field contexts.{printable(name)} has other scores than {some(sorted(names))}"
-        if len({scores.before is None for scores in report.contexts.values()}) > 1:
-            return "field contexts has scores before the edit in some contexts only"
-        return ""
-    if report.model.num_parameters < 1:
-        return f"field model.num_parameters is {report.model.num_parameters:,}: expected 1 or more"
-    training = report.training
-    if not 1 <= len(training.fifths) <= _MOST_FIFTHS:
-        return f"field training.fifths has {len(training.fifths):,} parts: expected 1 to {_MOST_FIFTHS}"
-    for number, epoch in enumerate(training.course):
-        if len(epoch.success) != len(training.fifths):
-            return (
-                f"field training.course[{number}].success has {len(epoch.success):,} shares: expected "
-                f"{len(training.fifths)}, as training.fifths has"
-            )
-    return ""
+    return f"an older locft wrote it (report version {version:,}; this one reads {SCHEMA_VERSION})"
 
 
 def _read_lines(file: Path, of: type[Record]) -> Iterator[Record]:
@@ -294,28 +268,17 @@ def _read_lines(file: Path, of: type[Record]) -> Iterator[Record]:
             while line := lines.readline(_MAX_LINE_BYTES):
                 number += 1
                 record = decoder.decode(line)
-                if wrong := next(_unsound(record), "") or _unlikely(record):
+                if wrong := impossible_value(record) or impossible_record(record):
                     raise RunError(f"{file}: line {number:,} is damaged: {wrong}")
                 yield record
     except FileNotFoundError as error:
-        raise RunError(f"{file}: is missing, so this run cannot be drawn again") from error
+        raise RunError(f"{file}: is missing, and the report cannot be drawn without it") from error
     except OSError as error:
         raise RunError(f"{file}: cannot be read: {error.strerror}") from error
     except msgspec.ValidationError as error:
         raise RunError(f"{file}: line {number:,} is damaged: {_place(error)}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{file}: line {number:,} is damaged: {first_line(error)}") from error
-
-
-def _unlikely(record: object) -> str:
-    if isinstance(record, AnswerRecord):
-        for name in ("score_before", "score_after"):
-            score = getattr(record, name)
-            if score is not None and not 0 <= score <= 1:
-                return f"field {name} is {score}: expected 0 to 1"
-    if isinstance(record, PassageDrift) and record.num_tokens < 1:
-        return f"field num_tokens is {record.num_tokens:,}: expected 1 or more"
-    return ""
 
 
 def _place(error: msgspec.ValidationError) -> str:

@@ -43,18 +43,27 @@ def describe_comparison(report: ComparisonReport) -> Page:
 
 
 def _verdict(report: ComparisonReport) -> str:
-    """Say which differences from the first run are beyond chance."""
+    """Say which differences from the first run are beyond chance, which way, and which are not."""
     told = []
     for run in report.runs[1:]:
+        found = [one for one in report.differences if one.run == run.name]
         clear = [
-            f"{one.score} {_difference_text(one.score, one.figure)}"
-            for one in report.differences
-            if one.run == run.name and _is_clear(one.figure)
+            f"{'more' if (one.figure.value or 0) > 0 else 'less'} {one.score} "
+            f"({_difference_text(one.score, one.figure)})"
+            for one in found
+            if _is_clear(one.figure)
         ]
-        told.append(
-            f"{run.name} against {report.runs[0].name}: {', '.join(clear) or 'no clear difference'}"
-        )
-    return "; ".join(told) + "."
+        unclear = [
+            one.score for one in found if one.figure.value is not None and not _is_clear(one.figure)
+        ]
+        unpaired = [one.score for one in found if one.figure.value is None]
+        parts = [", ".join(clear)] if clear else []
+        if unclear:
+            parts.append(f"no clear difference in {', '.join(unclear)}")
+        if unpaired or not found:
+            parts.append(f"nothing to pair for {', '.join(unpaired) or 'any score'}")
+        told.append(f"{run.name} against {report.runs[0].name}: {'; '.join(parts)}")
+    return ". ".join(told) + "."
 
 
 def _is_clear(figure: Figure) -> bool:
@@ -107,7 +116,25 @@ def _scores_table(runs: Sequence[ComparedRun]) -> Table:
 def _reasons(runs: Sequence[ComparedRun]) -> list[Block]:
     first = runs[0]
     how = f"By protocol {first.protocol}, context {first.context}, with 95% intervals."
-    return [Text(how), *(Text(f"{run.name}: {run.reason}.") for run in runs if run.reason is not None)]
+    return [
+        Text(how),
+        *_other_edits(runs),
+        *(Text(f"{run.name}: {run.reason}.") for run in runs if run.reason is not None),
+    ]
+
+
+def _other_edits(runs: Sequence[ComparedRun]) -> list[Block]:
+    """Warn of scores that do not compare, being of other edits."""
+    first = runs[0]
+    others = [run.name for run in runs if run.edits_sha256 != first.edits_sha256]
+    if not others:
+        return []
+    return [
+        Text(
+            f"Not on the same edits as {first.name}: {', '.join(others)}. Their scores are of other "
+            "prompts; only differences on the items that two runs share compare like with like."
+        )
+    ]
 
 
 def _differences(report: ComparisonReport) -> tuple[Block, ...]:
@@ -134,7 +161,8 @@ def _differences(report: ComparisonReport) -> tuple[Block, ...]:
         Table(columns=("run", "score", f"against {first}", "paired items"), rows=tuple(rows)),
         Text(
             "Differences are paired: only items that both runs have count (the same prompt, with the "
-            "same expected answer; the same passage), resampled together (bootstrap, 95%)."
+            "same expected answer; the same passage). 95% intervals: Newcombe for shares, else a "
+            "bootstrap over items or passages."
         ),
     )
 
@@ -158,6 +186,7 @@ def _front(runs: Sequence[ComparedRun]) -> tuple[Block, ...]:
     best = _front_names(points)
     return (
         picture,
+        *_other_edits([run for run in runs if {"generalization", "drift"} <= run.scores.keys()]),
         Text(
             f"On the front, where no other run carries at least as far for at most as much harm: "
             f"{', '.join(best)}."

@@ -21,6 +21,7 @@ from locft.report.sections import (
     eval_cost_table,
     how_scored,
     learning_blocks,
+    no_drift,
     provenance_table,
     scores_table,
     settings_blocks,
@@ -77,7 +78,7 @@ def describe_edit(
         Section(title="Answers", blocks=answer_blocks(answers, report.protocol)),
         Section(title="What was changed", blocks=change_blocks(report)),
         Section(title="Cost", blocks=edit_cost_blocks(report.cost, report.plan, report.training)),
-        Section(title="Settings", blocks=settings_blocks(report.settings)),
+        Section(title="Settings", blocks=settings_blocks(report.settings, report.resolved)),
         Section(
             title="Where",
             blocks=(
@@ -158,12 +159,13 @@ def _evaluation_sections(found: Evaluated) -> list[Section]:
     suffix = f" ({found.name})" if found.name else ""
     of_protocols: list[Block] = []
     for number, (name, scores) in enumerate(report.protocols.items()):
-        after, meanings = scores.after, {**MEANINGS, **scores.protocol.meanings}
-        if number == 0:
+        before, after, meanings = scores.before, scores.after, {**MEANINGS, **scores.protocol.meanings}
+        if number == 0 and report.drift is not None:
             after = with_drift(after, report.drift)
+            before = None if before is None else {**before, "drift": no_drift(report.drift)}
         of_protocols += drawn(draw_shares(f"Protocol {name}{suffix}", scores.before, scores.after))
         of_protocols += [
-            scores_table(scores.before, after, scores.change, meanings),
+            scores_table(before, after, scores.change, meanings),
             *blank_locality(found.answers, scores.protocol),
             Text(how_scored(scores.protocol)),
         ]

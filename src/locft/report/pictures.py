@@ -22,6 +22,8 @@ Made = TypeVar("Made")
 
 # Of a phone's width; a page puts two side by side where it has the room.
 _WIDTH_IN = 4.6
+_WIDE_IN = 9.4  # of a page's width
+_COLUMNS = 3  # of small pictures
 _POINTS_PER_INCH = 72
 # What matplotlib draws in these colours takes those that the page has under these names.
 _INK, _MUTED, _LINE, _ACCENT = "#0a0101", "#0a0202", "#0a0303", "#0a0404"
@@ -38,6 +40,7 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _MOST_MARKED = 30  # epochs that get a mark each
 _MOST_ROWS = 40  # tables have them all
 _LABEL_CHARS = 24
+_APART = 0.2  # rows between two intervals that would hide each other
 _HIGHEST = 1e15  # threshold that can be drawn
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -115,12 +118,12 @@ def draw_shares(
         if was is not None and was.value is not None:
             axes.plot(
                 [100 * was.value, 100 * _value(now)],
-                [row, row],
+                [row + _APART, row],
                 color=_MUTED,
                 linewidth=1,
                 gid=f"change-{row}",
             )
-            _point(axes, was, row, _MUTED, "before", filled=False)
+            _point(axes, was, row, _MUTED, "before", filled=False, below=_APART)
         _point(axes, now, row, _ACCENT, "after", filled=True)
         axes.annotate(
             f"{100 * _value(now):.1f}%",
@@ -298,6 +301,108 @@ def draw_changes(title: str, changes: Mapping[str, Figure]) -> Picture | None:
     return _finish(drawing, title, ". ".join(parts))
 
 
+@_styled
+def draw_groups(title: str, lines: Mapping[str, Mapping[str, Figure]]) -> Picture | None:
+    """Draw shares of several ways, a line for each of several methods.
+
+    Args:
+        title: What they are.
+        lines: The share by way, by method; not every method needs to have every way.
+
+    Returns:
+        The picture; None where nothing was measured.
+    """
+    found = {
+        name: {way: figure for way, figure in line.items() if figure.value is not None}
+        for name, line in list(lines.items())[: len(_FIFTHS)]
+    }
+    ways = list(dict.fromkeys(way for line in found.values() for way in line))
+    if not ways:
+        return None
+    drawing, axes = _canvas(2.9)
+    parts = []
+    for number, (name, line) in enumerate(found.items()):
+        # A little apart, so that no interval hides another.
+        places = [ways.index(way) + 0.06 * (number - (len(found) - 1) / 2) for way in line]
+        for place, figure in zip(places, line.values(), strict=True):
+            if figure.low is not None and figure.high is not None:
+                ends = [100 * max(0.0, figure.low), 100 * min(1.0, figure.high)]
+                axes.plot([place, place], ends, color=_FIFTHS[number], linewidth=1)
+        axes.plot(
+            places,
+            [100 * _value(figure) for figure in line.values()],
+            color=_FIFTHS[number],
+            linestyle=_DASHES[number],
+            marker="o",
+            markersize=4.5,
+            label=_label(name),
+            gid=f"line-{number}",
+        )
+        parts.append(
+            f"{name}: " + ", ".join(f"{way} {100 * _value(figure):.1f}%" for way, figure in line.items())
+        )
+    axes.set_xticks(range(len(ways)), [_label(way) for way in ways])
+    axes.set_xlim(-0.3, len(ways) - 0.7)
+    axes.set_ylim(-4, 104)
+    axes.set_ylabel("% (95% intervals)")
+    axes.legend(fontsize=8)
+    return _finish(drawing, title, ". ".join(parts))
+
+
+@_styled
+def draw_courses(
+    title: str, courses: Mapping[str, Sequence[tuple[float, Sequence[float]]]]
+) -> Picture | None:
+    """Draw how each fifth of the edits is learnt, and lost, in a small picture for each way of training.
+
+    Args:
+        title: What they are.
+        courses: By way, the share of the training that was done at each moment, from 0 to 1, and the
+            success of each fifth then.
+
+    Returns:
+        The picture; None where there are none.
+    """
+    from matplotlib.figure import Figure as Drawing
+
+    found = list(courses.items())[:_MOST_ROWS]
+    if not found:
+        return None
+    columns = min(_COLUMNS, len(found))
+    rows = -(-len(found) // columns)
+    drawing = Drawing(figsize=(_WIDE_IN, 0.5 + 1.55 * rows), layout="constrained")
+    grid = drawing.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for place in range(rows * columns):
+        axes = grid[place // columns][place % columns]
+        if place >= len(found):
+            axes.set_axis_off()
+            continue
+        name, course = found[place]
+        for fifth in range(len(course[0][1])):
+            axes.plot(
+                [100 * done for done, _ in course],
+                [100 * success[fifth] for _, success in course],
+                color=_FIFTHS[fifth],
+                linestyle=_DASHES[fifth],
+                linewidth=1.3,
+                label=_ORDINALS[fifth],
+                gid=f"course-{place}-{fifth}",
+            )
+        axes.set_title(one_line(name, limit=2 * _LABEL_CHARS), fontsize=8, color=_INK)
+        axes.set_ylim(-4, 104)
+        axes.set_xlim(0, 102)
+        axes.tick_params(labelsize=8)
+    lines, labels = grid[0][0].get_legend_handles_labels()
+    drawing.legend(lines, labels, loc="outside upper right", ncols=len(lines), fontsize=8)
+    drawing.supxlabel("% of the training done", fontsize=9)
+    drawing.supylabel("% of target tokens right", fontsize=9)
+    parts = [
+        f"{name}: at the end " + ", ".join(f"{100 * share:.0f}%" for share in course[-1][1])
+        for name, course in found
+    ]
+    return _finish(drawing, title, ". ".join(parts))
+
+
 def _canvas(height_in: float) -> tuple["Drawing", "Axes"]:
     from matplotlib.figure import Figure as Drawing
 
@@ -305,12 +410,15 @@ def _canvas(height_in: float) -> tuple["Drawing", "Axes"]:
     return drawing, drawing.subplots()
 
 
-def _point(axes: "Axes", figure: Figure, row: int, colour: str, gid: str, *, filled: bool) -> None:
+def _point(
+    axes: "Axes", figure: Figure, row: int, colour: str, gid: str, *, filled: bool, below: float = 0.0
+) -> None:
+    height = row + below
     if figure.low is not None and figure.high is not None:
-        axes.plot([100 * figure.low, 100 * figure.high], [row, row], color=colour, linewidth=2.2)
+        axes.plot([100 * figure.low, 100 * figure.high], [height, height], color=colour, linewidth=2.2)
     axes.plot(
         [100 * _value(figure)],
-        [row],
+        [height],
         marker="o",
         markersize=7,
         linestyle="none",

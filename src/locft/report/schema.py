@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from locft.types import CapabilityScores, Epoch, Figure, MovedPassage, Scores
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +305,7 @@ class EditReport:
         edits: The edits.
         location: What was tuned.
         settings: All settings, as they were given.
+        resolved: What those that leave it to locft (`auto`, a share of the layers) came to.
         training: How training went.
         protocol: How scores were taken.
         scores_before: The unedited model's scores.
@@ -324,6 +325,7 @@ class EditReport:
     edits: EditsInfo
     location: LocationInfo
     settings: dict[str, Any]
+    resolved: dict[str, Any]
     training: TrainingInfo
     protocol: Protocol
     scores_before: Scores
@@ -398,7 +400,7 @@ class ComparedRun:
         wall_s: All of it.
         peak_memory_bytes: The most that was in use.
         patch_bytes: Size of the patch; None for an evaluation.
-        settings: Settings that are not the same in all edit runs.
+        settings: Settings that did not come to the same in all edit runs.
     """
 
     name: str

@@ -38,6 +38,12 @@ def with_drift(scores: Mapping[str, Figure], drift: DriftInfo | None) -> dict[st
     return dict(scores) if drift is None else {**scores, "drift": drift.overall}
 
 
+def no_drift(drift: DriftInfo) -> Figure:
+    """Give the drift of the unedited model from itself, on the same text."""
+    num = drift.overall.num
+    return Figure(value=0.0, num=num, low=0.0, high=0.0, reason="by definition")
+
+
 def scores_table(
     before: Mapping[str, Figure] | None,
     after: Mapping[str, Figure],
@@ -70,8 +76,9 @@ def how_scored(protocol: Protocol) -> str:
         else ""
     )
     return (
-        "In brackets: 95% intervals (Wilson for shares, bootstrap over items or passages for means, and "
-        "over pairs of scores of the same prompts for changes). Scored after all edits were in, on a "
+        "In brackets: 95% intervals (Wilson for shares, Newcombe for changes of shares on the same "
+        "prompts; for other means a bootstrap over items or passages, or, where all of them agree, the "
+        "bound on what was not seen, by Clopper and Pearson). Scored after all edits were in, on a "
         f"freshly loaded model. Protocol {protocol.name}, context {protocol.context}: "
         f"{protocol.match}{answered}. {protocol.rule}"
     )
@@ -113,7 +120,7 @@ def learning_blocks(training: TrainingInfo, settings: Mapping[str, Any]) -> tupl
     ]
     told = Text(
         f"Breadth-first: {counted(training.epochs, 'epoch')} of at most "
-        f"{training.epochs_at_most:,}, {counted(training.steps, 'step')} of "
+        f"{training.epochs_at_most:,}, {counted(training.steps, 'step')} of at most "
         f"{counted(training.batch_size, 'edit')}, learning rate {training.lr:.3g}; final loss "
         f"{training.final_loss:.4f}{ended}. Success is the share of target tokens that were "
         "predicted right, the true ones before them given, as training met each edit; the parts are "
@@ -354,9 +361,12 @@ def eval_cost_table(cost: EvalCost, parts_s: Mapping[str, float]) -> Table:
     return Table(columns=("part", "took"), rows=tuple(rows))
 
 
-def settings_blocks(settings: Mapping[str, Any]) -> tuple[Block, ...]:
-    """Show the settings; nothing where there are none."""
-    rows = tuple((name, setting_text(value)) for name, value in settings.items())
+def settings_blocks(settings: Mapping[str, Any], resolved: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Show the settings, and what those came to that were left open; nothing where there are none."""
+    rows = tuple(
+        (name, setting_text(value) + (f" ({setting_text(resolved[name])})" if name in resolved else ""))
+        for name, value in settings.items()
+    )
     return (Table(columns=("setting", "value"), rows=rows),) if rows else ()
 
 

@@ -99,7 +99,9 @@ def _seen(character: str) -> str:
 
 
 def setting_text(value: object) -> str:
-    """Word the value of a setting."""
+    """Word the value of a setting: numbers in as few digits as tell them apart for people."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "none" if value is None else str(value)
 
 

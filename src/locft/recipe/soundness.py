@@ -1,0 +1,172 @@
+"""Whether what a run folder holds can have been measured, and fits together (no torch).
+
+Every check says what is wrong in words that name the field, or says nothing.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+
+from locft.errors import brief, printable
+from locft.report.schema import DriftInfo, EditReport, EvalReport, ProtocolScores
+from locft.report.words import PROTOCOL_SCORES, some
+from locft.types import KINDS, AnswerRecord, Figure, PassageDrift
+
+_MOST_FIFTHS = 5
+_LARGEST = 10**15  # nothing that is measured is larger, and larger numbers cannot all be drawn
+_ROUNDING = 1e-6
+_OWN_WORDS = ("settings", "resolved")  # fields that hold whatever settings may be
+_DURATIONS = ("cost", "plan", "parts_s")
+
+
+def impossible_value(value: object, place: str = "") -> str:
+    """Name the first value, in a report or a record, that nobody can have measured."""
+    return next(_impossible(value, place), "")
+
+
+def _impossible(value: object, place: str) -> Iterator[str]:
+    if isinstance(value, int | float) and abs(value) > _LARGEST:
+        yield f"field {place} is {brief(value)}: expected a number of at most {_LARGEST:,}"
+    elif isinstance(value, int | float) and value < 0 and _counts(value, place):
+        yield f"field {place} is {value:,}: expected 0 or more"
+    elif isinstance(value, Figure):
+        yield from _impossible_figure(value, place)
+    parts: Iterable[tuple[object, object]] = ()
+    if is_dataclass(value):
+        parts = vars(value).items()
+    elif isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, tuple):
+        parts = enumerate(value)
+    for name, part in parts:
+        if name not in _OWN_WORDS:
+            inner = (
+                f"{place}[{name}]" if isinstance(name, int) else printable(f"{place}.{name}").lstrip(".")
+            )
+            yield from _impossible(part, inner)
+
+
+def _counts(value: float, place: str) -> bool:
+    """Tell whether a number counts something, or is a duration: neither is ever below 0."""
+    return isinstance(value, int) or place.split(".")[0] in _DURATIONS
+
+
+def _impossible_figure(figure: Figure, place: str) -> Iterator[str]:
+    value, low, high = figure.value, figure.low, figure.high
+    if value is None:
+        return
+    if low is None or high is None:
+        if figure.reason is None:
+            yield f"field {place} has a value, and neither an interval (low, high) nor a reason"
+    elif not low - _ROUNDING <= value <= high + _ROUNDING:
+        yield f"field {place} is {value:.6g}, outside its own interval [{low:.6g}, {high:.6g}]"
+
+
+def impossible_record(record: object) -> str:
+    """Say what of an answer or a passage cannot be."""
+    if isinstance(record, AnswerRecord):
+        for name in ("score_before", "score_after"):
+            score = getattr(record, name)
+            if score is not None and not 0 <= score <= 1:
+                return f"field {name} is {score}: expected 0 to 1"
+    if isinstance(record, PassageDrift) and record.num_tokens < 1:
+        return f"field num_tokens is {record.num_tokens:,}: expected 1 or more"
+    return ""
+
+
+def inconsistent_report(report: EditReport | EvalReport) -> str:
+    """Say what of a report cannot be, where each field by itself could."""
+    if isinstance(report, EvalReport):
+        return _inconsistent_evaluation(report)
+    if report.model.num_parameters < 1:
+        return f"field model.num_parameters is {report.model.num_parameters:,}: expected 1 or more"
+    training = report.training
+    if not 1 <= len(training.fifths) <= _MOST_FIFTHS:
+        return f"field training.fifths has {len(training.fifths):,} parts: expected 1 to {_MOST_FIFTHS}"
+    for number, epoch in enumerate(training.course):
+        if len(epoch.success) != len(training.fifths):
+            return (
+                f"field training.course[{number}].success has {len(epoch.success):,} shares: expected "
+                f"{len(training.fifths)}, as training.fifths has"
+            )
+    return ""
+
+
+def _inconsistent_evaluation(report: EvalReport) -> str:
+    if not report.protocols:
+        return "field protocols is empty: expected one at least"
+    names: set[str] | None = None
+    for name, scores in report.contexts.items():
+        found = scores.after.keys() if scores.before is None else scores.before.keys()
+        names = set(scores.after) if names is None else names
+        if not names == scores.after.keys() == found:
+            return f"field contexts.{printable(name)} has other scores than {some(sorted(names))}"
+    if len({scores.before is None for scores in report.contexts.values()}) > 1:
+        return "field contexts has scores before the edit in some contexts only"
+    return ""
+
+
+def unlike_answers(report: EditReport | EvalReport, answers: Sequence[AnswerRecord]) -> str:
+    """Say which score is not what the answers come to."""
+    for place, scores in _all_scores(report):
+        names = PROTOCOL_SCORES.get(scores.protocol.name, ())
+        for kind, name in zip(KINDS, names, strict=False):
+            figure = scores.after.get(name)
+            if figure is None or figure.value is None:
+                continue
+            rule = (scores.protocol.name, scores.protocol.context, kind)
+            is_paired = scores.before is not None and name in scores.before
+            found = [
+                one.score_after
+                for one in answers
+                if (one.protocol, one.context, one.kind) == rule and one.score_after is not None
+                if one.score_before is not None or not is_paired
+            ]
+            come_to = _unlike(figure, math.fsum(found), len(found))
+            if come_to:
+                return f"{place}.{printable(name)} is {come_to} by the answers"
+    return ""
+
+
+def _all_scores(report: EditReport | EvalReport) -> Iterator[tuple[str, ProtocolScores]]:
+    if isinstance(report, EvalReport):
+        for field, found in (("protocols", report.protocols), ("contexts", report.contexts)):
+            for name, scores in found.items():
+                yield f"field {field}.{printable(name)}.after", scores
+        return
+    before, after = dict(vars(report.scores_before)), dict(vars(report.scores))
+    yield (
+        "field scores",
+        ProtocolScores(protocol=report.protocol, before=before, after=after, change=report.change),
+    )
+
+
+def unlike_passages(drift: DriftInfo, passages: Sequence[PassageDrift]) -> str:
+    """Say which drift is not what the passages come to."""
+    kinds: dict[str, list[PassageDrift]] = {}
+    for one in passages:
+        kinds.setdefault(one.kind, []).append(one)
+    places = [("overall", drift.overall, list(passages))]
+    places += [
+        (f"by_kind.{printable(kind)}", figure, kinds.get(kind, []))
+        for kind, figure in drift.by_kind.items()
+    ]
+    for place, figure, found in places:
+        if figure.value is None:
+            continue
+        num_tokens = sum(one.num_tokens for one in found)
+        total = math.fsum(one.drift * one.num_tokens for one in found)
+        if come_to := _unlike(figure, total, num_tokens, len(found)):
+            return f"field drift.{place} is {come_to} by the passages"
+    return ""
+
+
+def _unlike(figure: Figure, total: float, weight: int, num: int | None = None) -> str:
+    """Say what a figure says and what it should say, if that is not the same."""
+    assert figure.value is not None
+    num = weight if num is None else num
+    if num == 0:
+        return f"{figure.value:.6g} of {figure.num:,}, and of none"
+    if figure.num == num and math.isclose(figure.value, total / weight, abs_tol=_ROUNDING):
+        return ""
+    return f"{figure.value:.6g} of {figure.num:,}, and {total / weight:.6g} of {num:,}"
