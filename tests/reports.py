@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from locft.evaluation.metrics import mean, mean_per_token
+from locft.evaluation.metrics import mean, mean_per_token, paired_difference
 from locft.report.schema import (
     SCHEMA_VERSION,
     ComparedRun,
@@ -137,43 +137,63 @@ def fit_report(
         )
     if isinstance(report, EditReport):
         assert drift is not None
-        before = dict(vars(report.scores_before))
-        after = _fit_scores(report.protocol, before, vars(report.scores), answers)
-        scores = Scores(**{**after, "drift": drift.overall})
-        return dataclasses.replace(report, scores=scores, drift=drift)
+        before, after, change = _fit_scores(
+            report.protocol,
+            dict(vars(report.scores_before)),
+            dict(vars(report.scores)),
+            report.change,
+            answers,
+        )
+        return dataclasses.replace(
+            report,
+            scores_before=Scores(**before),
+            scores=Scores(**{**after, "drift": drift.overall}),
+            change=change,
+            drift=drift,
+        )
     protocols, contexts = (
-        {
-            name: dataclasses.replace(
-                one, after=_fit_scores(one.protocol, one.before, one.after, answers)
-            )
-            for name, one in found.items()
-        }
+        {name: _fit_protocol(one, answers) for name, one in found.items()}
         for found in (report.protocols, report.contexts)
     )
     return dataclasses.replace(report, protocols=protocols, contexts=contexts, drift=drift)
 
 
+def _fit_protocol(scores: ProtocolScores, answers: Sequence[AnswerRecord]) -> ProtocolScores:
+    before, after, change = _fit_scores(
+        scores.protocol, scores.before or {}, scores.after, scores.change or {}, answers
+    )
+    return dataclasses.replace(
+        scores,
+        before=None if scores.before is None else before,
+        after=after,
+        change=None if scores.change is None else change,
+    )
+
+
 def _fit_scores(
     protocol: Protocol,
-    before: Mapping[str, Figure] | None,
+    before: Mapping[str, Figure],
     after: Mapping[str, Figure],
+    change: Mapping[str, Figure],
     answers: Sequence[AnswerRecord],
-) -> dict[str, Figure]:
-    fitted = dict(after)
+) -> tuple[dict[str, Figure], dict[str, Figure], dict[str, Figure]]:
+    early, late, moved = dict(before), dict(after), dict(change)
     for kind, name in zip(KINDS, PROTOCOL_SCORES[protocol.name], strict=True):
-        if name not in after:
-            continue
         rule = (protocol.name, protocol.context, kind)
-        is_paired = name in (before or {})
-        fitted[name] = mean(
-            [
-                one.score_after
-                for one in answers
-                if (one.protocol, one.context, one.kind) == rule and one.score_after is not None
-                if one.score_before is not None or not is_paired
-            ]
-        )
-    return fitted
+        found = [one for one in answers if (one.protocol, one.context, one.kind) == rule]
+        pairs = [
+            (one.score_before, one.score_after)
+            for one in found
+            if one.score_before is not None and one.score_after is not None
+        ]
+        if name in before:
+            early[name] = mean([was for was, _ in pairs])
+            late[name] = mean([now for _, now in pairs])
+        elif name in after:
+            late[name] = mean([one.score_after for one in found if one.score_after is not None])
+        if name in change:
+            moved[name] = paired_difference([was for was, _ in pairs], [now for _, now in pairs])
+    return early, late, moved
 
 
 def _mean_drift(passages: Sequence[PassageDrift]) -> Figure:

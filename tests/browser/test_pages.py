@@ -1,6 +1,7 @@
 """What a report looks like in a browser: on a phone, in the dark, on paper, without scripts, by keys."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,6 +56,29 @@ _EMPTY = """() => {
         ...[...document.querySelectorAll('table')].filter(one => !one.tBodies[0]?.rows.length),
     ].map(one => one.outerHTML.slice(0, 300));
 }"""
+
+_CARDS = """() => {
+    for (const one of document.querySelectorAll('details')) one.open = true;
+    const cells = [...document.querySelectorAll('.stacks tbody :is(th, td):not(:empty)')];
+    const scrolled = [...document.querySelectorAll('.scroll')]
+        .filter(one => one.scrollWidth > one.clientWidth);
+    return {
+        cells: cells.map(one => [
+            one.textContent,
+            one.getBoundingClientRect().left,
+            one.getBoundingClientRect().right,
+            one.scrollWidth - one.clientWidth,
+        ]),
+        unlabelled: cells.filter(one => one.localName === 'td').filter(one => {
+            const columns = one.closest('table').tHead.rows[0].cells;
+            const before = getComputedStyle(one, '::before');
+            return before.content !== JSON.stringify(columns[one.cellIndex].textContent)
+                || before.display !== 'block';
+        }).map(one => one.outerHTML),
+        scrolled: scrolled.map(one => one.querySelector('thead').rows[0].cells.length),
+    };
+}"""
+_TABLE_ROLES = ("table", "rowgroup", "row", "columnheader", "rowheader", "cell")
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +162,36 @@ def test_no_page_scrolls_sideways(viewer: Viewer, pages: dict[str, str], kind: s
     for width in (PHONE, DESKTOP):
         viewer.show(pages[kind], width)
         assert viewer.tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_rows_of_wide_tables_are_cards_on_a_phone(
+    viewer: Viewer, pages: dict[str, str], kind: str
+) -> None:
+    viewer.show(pages[kind], PHONE)
+    found = viewer.tab.evaluate(_CARDS)
+    assert found["cells"]
+    for text, left, right, hidden in found["cells"]:
+        assert left >= 0, text
+        assert right <= PHONE, text
+        assert hidden <= 0, text
+    assert found["unlabelled"] == []
+    assert all(num_columns <= 3 for num_columns in found["scrolled"])
+
+
+def test_cards_are_read_aloud_as_the_table_that_they_are(viewer: Viewer, pages: dict[str, str]) -> None:
+    viewer.show(pages["edit run"])
+    viewer.tab.evaluate("document.querySelectorAll('td:empty').forEach(one => one.append('-'))")
+    reader = viewer.tab.context.new_cdp_session(viewer.tab)
+    told = {}
+    for width in (DESKTOP, PHONE):
+        viewer.resize(width)
+        nodes = reader.send("Accessibility.getFullAXTree")["nodes"]
+        roles = Counter(node["role"]["value"] for node in nodes if not node["ignored"])
+        told[width] = {role: roles[role] for role in _TABLE_ROLES}
+    reader.detach()
+    assert told[PHONE] == told[DESKTOP]
+    assert min(told[PHONE].values()) > 0
 
 
 @pytest.mark.parametrize("kind", smallest_pages())

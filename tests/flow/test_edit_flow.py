@@ -173,6 +173,13 @@ def test_the_report_on_disk_is_the_report_that_is_returned(run: Run) -> None:
         "batch_size": 2,
         "drift_text": report.drift.text,
     }
+    assert report.resolved == {
+        "dtype": "float32",
+        "compute_dtype": report.resolved["compute_dtype"],  # as the processor is
+        "compile": "off",
+        "device": "cpu",
+    }
+    assert report.resolved["compute_dtype"] in ("float32", "bfloat16")
     assert (report.training.epochs, report.training.steps) == (60, 120)
     assert not report.training.stopped_early
     assert (report.edits.num_edits, report.edits.num_rephrases, report.edits.num_locality) == (3, 2, 3)
@@ -215,7 +222,7 @@ def test_measuring_success_changes_no_byte_of_the_patch(
     def nothing(logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return torch.zeros(int(rows[-1]) + 1)
 
-    monkeypatch.setattr("locft.train.loop.predicted_share", nothing)
+    monkeypatch.setattr("locft.train.step.predicted_share", nothing)
     report = locft.edit(str(model_folder), edits_file, tmp_path / "not", quick)
     assert {epoch.success for epoch in report.training.course} == {(0.0, 0.0, 0.0)}
     assert contents(tmp_path / "not" / "patch") == contents(tmp_path / "measured" / "patch")
@@ -743,7 +750,7 @@ def test_training_that_is_not_finite_leaves_no_run_folder(
             calls.append(1)
             return target_loss(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
 
-        monkeypatch.setattr("locft.train.loop.target_loss", broken)
+        monkeypatch.setattr("locft.train.step.target_loss", broken)
     else:
         settings = dataclasses.replace(config, lr=1e38)
     with pytest.raises(TrainingError, match="not finite, and no patch was written") as caught:
@@ -767,7 +774,7 @@ def test_a_stop_during_training_leaves_nothing_behind(
             raise stop
         return target_loss(*arguments)
 
-    monkeypatch.setattr("locft.train.loop.target_loss", interrupted)
+    monkeypatch.setattr("locft.train.step.target_loss", interrupted)
     with pytest.raises(stop):
         locft.edit(str(model_folder), edits_file, tmp_path / "run", config)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from reports import make_answers, make_evaluation, make_passages, make_report
+from reports import fit_report, make_answers, make_evaluation, make_passages, make_report
 
 from locft.cli.main import main
 from locft.recipe.run_folder import Run, save_evaluation, save_scored
@@ -22,12 +22,14 @@ STEERING = {*map(chr, range(32)), "\x7f", *map(chr, range(0x80, 0xA0)), "\u202e"
 
 def save_run(folder: Path, text: str = "plain") -> str:
     folder.mkdir(parents=True)
-    save_scored(Run(folder, make_report(text), make_answers(text), make_passages(text)))
+    answers, passages = make_answers(text), make_passages(text)
+    save_scored(Run(folder, fit_report(make_report(text), answers, passages), answers, passages))
     return str(folder)
 
 
 def save_measured(folder: Path, text: str = "plain") -> str:
-    save_evaluation(Run(folder, make_evaluation(text), make_answers(text), make_passages(text)))
+    answers, passages = make_answers(text), make_passages(text)
+    save_evaluation(Run(folder, fit_report(make_evaluation(text), answers, passages), answers, passages))
     return str(folder)
 
 
@@ -54,7 +56,14 @@ def fill(folder: Path, files: dict[str, bytes]) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path, contents: dict[str, dict[str, bytes]]) -> str:
-    return fill(tmp_path / "run", contents["plain"])
+    folder = fill(tmp_path / "run", contents["plain"])
+    (tmp_path / "run" / "patch").mkdir()
+    return folder
+
+
+@pytest.fixture
+def other(tmp_path: Path, contents: dict[str, dict[str, bytes]]) -> str:
+    return fill(tmp_path / "other", contents["plain"])
 
 
 @pytest.fixture
@@ -85,7 +94,7 @@ def test_a_run_is_drawn_into_its_folder(
     assert report(run) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err == f"locft: wrote {run}/report.md and {run}/report.html\n"
+    assert shown.err == f"locft: wrote {run}/report.md, {run}/report.html\n"
     assert listing(tmp_path) == whole
 
 
@@ -95,9 +104,25 @@ def test_a_run_is_drawn_into_another_folder(
     before = listing(tmp_path)
     output = tmp_path / "new" / "drawn"
     assert report(run, "-o", str(output)) == 0
-    assert capsys.readouterr().err == f"locft: wrote {output}/report.md and {output}/report.html\n"
-    names = ("report.html", "report.md")
+    names = ("report.md", "report.html", "report.json")
+    written = ", ".join(f"{output}/{name}" for name in names)
+    assert capsys.readouterr().err == f"locft: wrote {written}\n"
     assert listing(output) == {name: before[f"run/{name}"] for name in names}
+
+
+def test_what_a_report_does_without_is_told(
+    run: str, contents: dict[str, dict[str, bytes]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = fill(Path(run) / "old", {**contents["evaluation"], "report.json": b'{"schema_version": 1}'})
+    assert report(run) == 0
+    told, _ = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"locft: left out: {old}/report.json: an older locft wrote it")
+    assert told.endswith(f"`locft eval MODEL {run}/edits.jsonl --patch {run} -o NEW`")
+    (Path(run) / "patch").rmdir()
+    assert report(run, "--json") == 0
+    told, missing = capsys.readouterr().err.splitlines()
+    assert "--patch" not in told
+    assert missing == f"locft: {run}: holds no patch/ any more, only what was measured of it"
 
 
 @pytest.mark.parametrize("kind", ["plain", "hostile", "evaluation"])
@@ -108,6 +133,7 @@ def test_json_is_the_run_s_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = fill(tmp_path / "folder", contents[kind])
+    (tmp_path / "folder" / "patch").mkdir()
     assert report(folder, "--json") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -126,10 +152,10 @@ def test_runs_are_compared_in_tables(
     assert shown.err == ""
     for told in (
         "2 runs side by side",
-        "B against A: no clear difference.",
+        "B against A: no clear difference in reliability, generalization, drift.",
         "Runs",
         "Scores",
-        "97.0% [93.6, 98.6] of 200",
+        "50.0% [0.0, 100.0] of 2",
         "Differences",
         "+0.0 [",
         "against A",
@@ -156,10 +182,10 @@ def test_a_comparison_is_written_and_printed(
 
 
 def test_a_comparison_in_json_is_one_object(
-    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: str, other: str, evaluation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = listing(tmp_path)
-    assert report(run, run, run, "--json") == 0
+    assert report(run, other, evaluation, "--json") == 0
     shown = capsys.readouterr()
     assert [one["name"] for one in json.loads(shown.out)["runs"]] == ["A", "B", "C"]
     assert shown.err == ""
@@ -192,14 +218,16 @@ def test_a_taken_folder_is_refused_before_anything_is_read(
     assert listing(tmp_path) == before
 
 
-def test_what_is_no_run_is_told(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_told(
+    run: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "half" / "patch").mkdir(parents=True)
     assert "there is no such run folder" in refusal(capsys, str(tmp_path / "none"))
     assert "`locft eval MODEL" in refusal(capsys, str(tmp_path / "half"))
     assert "no report.json" in refusal(capsys, run, str(tmp_path))
     (Path(run) / "answers.jsonl").write_text("{")
     before = listing(tmp_path)
-    for words in ([run], [run, run], [run, "--json"], [run, "-o", str(tmp_path / "new")]):
+    for words in ([run], [run, other], [run, "--json"], [run, "-o", str(tmp_path / "new")]):
         assert f"{run}/answers.jsonl: line 1 is damaged" in refusal(capsys, *words)
     assert listing(tmp_path) == before
 
@@ -220,22 +248,24 @@ def test_words_that_are_wrong_are_told(words: Sequence[str], capsys: pytest.Capt
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="names of files are bytes on Linux")
 @pytest.mark.parametrize("words", [[], ["-o", "out\x1b]0;x\x07"], ["--json"]])
-@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize("names", [[NAME], [NAME, f"other{NAME}"]], ids=["one", "two"])
 def test_hostile_names_and_texts_do_not_steer_a_terminal(
     tmp_path: Path,
     contents: dict[str, dict[str, bytes]],
     words: Sequence[str],
-    num: int,
+    names: Sequence[str],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fill(tmp_path / NAME, contents["hostile"])
-    fill(tmp_path / NAME / f"inner{NAME}", contents["evaluation"])
-    assert report(*[NAME] * num, *words) == 0
+    for name in names:
+        fill(tmp_path / name, contents["hostile"])
+        fill(tmp_path / name / f"inner{NAME}", contents["evaluation"])
+        fill(tmp_path / name / f"damaged{NAME}", {"report.json": json.dumps(HOSTILE).encode()})
+    assert report(*names, *words) == 0
     shown = capsys.readouterr()
     assert not STEERING & set(shown.out + shown.err)
-    if num == 2 and "--json" not in words:
+    if len(names) == 2 and "--json" not in words:
         assert "\\u202e" in shown.out
         assert "[red]" in shown.out
 
@@ -266,9 +296,10 @@ def test_half_characters_in_names_are_drawn_and_printed(
     fill(Path(folder) / os.fsdecode(b"\xe9val"), contents["evaluation"])
     assert report(folder) == 0
     assert "caf\\udce9" in capsys.readouterr().err
-    assert report(folder, folder, "-o", str(tmp_path / "new")) == 0
+    other = fill(tmp_path / os.fsdecode(b"caf\xe9s"), contents["plain"])
+    assert report(folder, other, "-o", str(tmp_path / "new")) == 0
     capsys.readouterr()
-    assert report(folder, folder, "--json") == 0
+    assert report(folder, other, "--json") == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["folder"] == folder
 
 

@@ -87,7 +87,10 @@ def _forward_of(linear: nn.Linear, dtype: torch.dtype) -> Product:
         forward, backward = _lay_out(rounded), _lay_out(rounded.t().contiguous())
 
         def multiply(x: Tensor) -> Tensor:
-            return _Frozen.apply(x, forward, backward, dtype)  # type: ignore[no-any-return, no-untyped-call]
+            rows = x.reshape(-1, x.shape[-1])
+            result = _Frozen.apply(rows, forward, backward, dtype)  # type: ignore[no-untyped-call]
+            # A view that is made here may be added to in place, as PEFT does.
+            return result.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     return multiply if bias is None else lambda x: multiply(x) + bias
 
@@ -109,16 +112,16 @@ def _lay_out(weight: Tensor) -> Product:
 
 
 class _Frozen(torch.autograd.Function):
-    """x (..., in) to x W^T (..., out) in a dtype, with a gradient for x alone."""
+    """x (N, in) to x W^T (N, out) in a dtype, with a gradient for x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Product, backward: Product, dtype: torch.dtype) -> Tensor:
         ctx.backward_product, ctx.dtype = backward, x.dtype
-        return _multiply(forward, x, dtype)
+        return forward(x.bfloat16()).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _multiply(ctx.backward_product, gradient, ctx.dtype), None, None, None
+        return ctx.backward_product(gradient.bfloat16()).to(ctx.dtype), None, None, None
 
 
 class _Tuned(torch.autograd.Function):
@@ -136,8 +139,3 @@ class _Tuned(torch.autograd.Function):
         rounded = gradient.bfloat16()
         wanted = (rounded @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return wanted, (rounded.flatten(0, -2).t() @ x.flatten(0, -2)).float()
-
-
-def _multiply(product: Product, x: Tensor, dtype: torch.dtype) -> Tensor:
-    result = product(x.reshape(-1, x.shape[-1]).bfloat16()).to(dtype)
-    return result.view(*x.shape[:-1], result.shape[-1])

@@ -98,7 +98,9 @@ class Split:
         return kept[0][0] if self._is_packed(packed) else kept[0].flatten(0, 1)[packed.home]
 
     @contextmanager
-    def tail(self, *, in_bfloat16: bool = False, compiled: str | None = None) -> Iterator[Tail]:
+    def tail(
+        self, *, in_bfloat16: bool = False, compiled: str | None = None, from_tokens: bool = False
+    ) -> Iterator[Tail]:
         """Turn the model into its tail while the body runs.
 
         Args:
@@ -106,6 +108,8 @@ class Split:
                 model. Logits then are bfloat16. Which weights have gradients must be settled by now.
             compiled: The backend of torch.compile to compile each layer with; None for none. It cannot
                 see through products in bfloat16.
+            from_tokens: Let the tail be the whole model, from token ids on, whatever hidden states it is
+                given: where not even the embeddings are frozen.
 
         Yields:
             A function of packed sequences, the hidden states (N, ...) of their nodes from `prefix`, and
@@ -137,8 +141,8 @@ class Split:
                 return logits_at(self.model, rows, columns, **inputs)[:num_asked]
 
         with ExitStack() as undo:
-            tail = self.layers.modules[self.layer :]
-            below = self.layers.modules[: self.layer]
+            first = 0 if from_tokens else self.layer
+            tail, below = self.layers.modules[first:], self.layers.modules[:first]
             if in_bfloat16:
                 head = self.model.get_output_embeddings()
                 undo.enter_context(bfloat16_products((*tail, head), rounded=head))
@@ -151,8 +155,9 @@ class Split:
                     replace_forward(undo, layer, compiled_forward)
             for layer, length in zip(below, self.tuple_lengths, strict=False):
                 replace_forward(undo, layer, _pass_through(length))
-            handle = tail[0].register_forward_pre_hook(put_in, with_kwargs=True)
-            undo.callback(handle.remove)
+            if not from_tokens:
+                handle = tail[0].register_forward_pre_hook(put_in, with_kwargs=True)
+                undo.callback(handle.remove)
             try:
                 yield run
             finally:

@@ -90,13 +90,13 @@ def compare_runs(
     """
     if not 2 <= len(folders) <= _MOST_RUNS:
         raise InputError(f"{len(folders):,} runs: expected 2 to {_MOST_RUNS} to compare")
-    seen: set[Path] = set()
-    for folder in folders:
-        place = Path(folder).resolve()
-        if place in seen:
-            raise InputError(f"{folder}: is named twice: expected different runs to compare")
-        seen.add(place)
     runs = [read_run(Path(folder)) for folder in folders]
+    seen: set[Path] = set()
+    for run in runs:
+        place = run.folder.resolve()
+        if place in seen:
+            raise InputError(f"{run.folder}: is named twice: expected different runs to compare")
+        seen.add(place)
     first = runs[0]
     rule = _main_rule(first)
     odd = _odd_settings(runs)

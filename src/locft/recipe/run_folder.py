@@ -164,15 +164,18 @@ def _evaluations(folder: Path, say: Callable[[str], None]) -> Iterator[Evaluated
     except OSError as error:
         raise RunError(f"{folder}: cannot be read: {error.strerror}") from error
     for path in inner:
-        if not (path / REPORT_FILE).is_file():
-            continue
         try:
+            if not (path / REPORT_FILE).is_file():
+                continue
             with _way_out(path):
                 if _read_record(path).get("kind") in ("edit", "comparison"):
                     continue
                 found = _read_alone(path)
         except RunError as error:
             say(f"left out: {error}")
+            continue
+        except OSError as error:  # a folder that may not be looked into
+            say(f"left out: {path}: cannot be read: {error.strerror}")
             continue
         if isinstance(found.report, EvalReport):
             yield Evaluated(name=path.name, report=found.report, answers=found.answers)

@@ -80,6 +80,8 @@ def inconsistent_report(report: EditReport | EvalReport) -> str:
         return _inconsistent_evaluation(report)
     if report.model.num_parameters < 1:
         return f"field model.num_parameters is {report.model.num_parameters:,}: expected 1 or more"
+    if report.scores.drift != report.drift.overall:
+        return "field scores.drift is not the one of field drift.overall"
     training = report.training
     if not 1 <= len(training.fifths) <= _MOST_FIFTHS:
         return f"field training.fifths has {len(training.fifths):,} parts: expected 1 to {_MOST_FIFTHS}"
@@ -108,37 +110,54 @@ def _inconsistent_evaluation(report: EvalReport) -> str:
 
 def unlike_answers(report: EditReport | EvalReport, answers: Sequence[AnswerRecord]) -> str:
     """Say which score is not what the answers come to."""
-    for place, scores in _all_scores(report):
+    for places, scores in _all_scores(report):
         names = PROTOCOL_SCORES.get(scores.protocol.name, ())
         for kind, name in zip(KINDS, names, strict=False):
-            figure = scores.after.get(name)
-            if figure is None or figure.value is None:
-                continue
             rule = (scores.protocol.name, scores.protocol.context, kind)
-            is_paired = scores.before is not None and name in scores.before
-            found = [
-                one.score_after
-                for one in answers
-                if (one.protocol, one.context, one.kind) == rule and one.score_after is not None
-                if one.score_before is not None or not is_paired
-            ]
-            come_to = _unlike(figure, math.fsum(found), len(found))
-            if come_to:
-                return f"{place}.{printable(name)} is {come_to} by the answers"
+            found = [one for one in answers if (one.protocol, one.context, one.kind) == rule]
+            for when, figure, values in _sides(scores, name, found):
+                if wrong := _unlike(figure, math.fsum(values), len(values)):
+                    return f"field {places[when]}.{printable(name)} is {wrong} by the answers"
     return ""
 
 
-def _all_scores(report: EditReport | EvalReport) -> Iterator[tuple[str, ProtocolScores]]:
+def _all_scores(report: EditReport | EvalReport) -> Iterator[tuple[dict[str, str], ProtocolScores]]:
+    """Give all scores of a report, with the names of the fields that hold them."""
     if isinstance(report, EvalReport):
         for field, found in (("protocols", report.protocols), ("contexts", report.contexts)):
             for name, scores in found.items():
-                yield f"field {field}.{printable(name)}.after", scores
+                inner = f"{field}.{printable(name)}"
+                yield {when: f"{inner}.{when}" for when in ("before", "after", "change")}, scores
         return
-    before, after = dict(vars(report.scores_before)), dict(vars(report.scores))
     yield (
-        "field scores",
-        ProtocolScores(protocol=report.protocol, before=before, after=after, change=report.change),
+        {"before": "scores_before", "after": "scores", "change": "change"},
+        ProtocolScores(
+            protocol=report.protocol,
+            before=dict(vars(report.scores_before)),
+            after=dict(vars(report.scores)),
+            change=report.change,
+        ),
     )
+
+
+def _sides(
+    scores: ProtocolScores, name: str, answers: Sequence[AnswerRecord]
+) -> Iterator[tuple[str, Figure, list[float]]]:
+    """Give each figure of a score, with the values that it is the mean of."""
+    pairs = [
+        (one.score_before, one.score_after)
+        for one in answers
+        if one.score_before is not None and one.score_after is not None
+    ]
+    before, change = (scores.before or {}).get(name), (scores.change or {}).get(name)
+    if before is not None:
+        yield "before", before, [early for early, _ in pairs]
+    if name in scores.after:
+        alone = [one.score_after for one in answers if one.score_after is not None]
+        # Both models' scores are of the same items.
+        yield "after", scores.after[name], alone if before is None else [late for _, late in pairs]
+    if change is not None:
+        yield "change", change, [late - early for early, late in pairs]
 
 
 def unlike_passages(drift: DriftInfo, passages: Sequence[PassageDrift]) -> str:
@@ -152,8 +171,6 @@ def unlike_passages(drift: DriftInfo, passages: Sequence[PassageDrift]) -> str:
         for kind, figure in drift.by_kind.items()
     ]
     for place, figure, found in places:
-        if figure.value is None:
-            continue
         num_tokens = sum(one.num_tokens for one in found)
         total = math.fsum(one.drift * one.num_tokens for one in found)
         if come_to := _unlike(figure, total, num_tokens, len(found)):
@@ -163,10 +180,18 @@ def unlike_passages(drift: DriftInfo, passages: Sequence[PassageDrift]) -> str:
 
 def _unlike(figure: Figure, total: float, weight: int, num: int | None = None) -> str:
     """Say what a figure says and what it should say, if that is not the same."""
-    assert figure.value is not None
     num = weight if num is None else num
-    if num == 0:
-        return f"{figure.value:.6g} of {figure.num:,}, and of none"
-    if figure.num == num and math.isclose(figure.value, total / weight, abs_tol=_ROUNDING):
+    value = total / weight if weight else None
+    if figure.num == num and _is_close(figure.value, value):
         return ""
-    return f"{figure.value:.6g} of {figure.num:,}, and {total / weight:.6g} of {num:,}"
+    return f"{_told(figure.value, figure.num)}, and {_told(value, num)}"
+
+
+def _is_close(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, abs_tol=_ROUNDING)
+
+
+def _told(value: float | None, num: int) -> str:
+    return "not measured" if value is None else f"{value:.6g} of {num:,}"

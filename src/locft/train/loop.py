@@ -1,23 +1,28 @@
-"""Trains one tuning location breadth-first: epochs over all edits, reshuffled, in mini-batches."""
+"""Trains breadth-first: epochs over all edits, reshuffled, in mini-batches.
 
+Depth-first, one edit after the other, stands beside it to be compared with.
+"""
+
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from locft.errors import TrainingError
 from locft.model.load import dtype_name
 from locft.model.location import Location
 from locft.model.split import Split
 from locft.progress import progress
 from locft.train.cache import PrefixCache
-from locft.train.objective import LossMean, predicted_share, target_loss
+from locft.train.objective import LossMean
+from locft.train.step import Stepper, Trainable
 from locft.types import Epoch
 
 _NUM_FIFTHS = 5
+_NUM_PARTS = 10
+_NUM_MEASURED_TOGETHER = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +89,7 @@ def train_breadth_first(
 ) -> Trained:
     """Train a tuning location on cached prefix states.
 
-    The tuned parameters have a float32 master copy, which Adam steps; the model computes with that
-    copy rounded to its own dtype. The model is left with the trained values in place.
+    The model is left with the trained values in place.
 
     Args:
         split: The model, split at the location's layer.
@@ -103,62 +107,107 @@ def train_breadth_first(
     Raises:
         TrainingError: A loss, gradient or weight is not finite.
     """
-    tuned = [split.model.get_parameter(name) for name in location.parameters]
-    values = initial or dict(zip(location.parameters, tuned, strict=True))
-    masters = [
-        values[name].detach().to(parameter.device, torch.float32, copy=True)
-        for name, parameter in zip(location.parameters, tuned, strict=True)
-    ]
-    # Fused: one pass over each matrix instead of one for every term of the update.
-    optimizer = torch.optim.Adam(masters, lr=schedule.lr, fused=True)
-    num_examples = cache.num_examples
+    trainable = Trainable(
+        parameters={name: split.model.get_parameter(name) for name in location.parameters},
+        initial=initial or {},
+    )
+    with (
+        trainable.alone(split.model),
+        split.tail(in_bfloat16=engine.in_bfloat16, compiled=engine.compiled) as tail,
+    ):
+        stepper = Stepper(tail, cache, trainable, schedule.lr, schedule.loss_mean)
+        epochs = run_breadth_first(stepper, schedule, on_epoch)
+    return Trained(stepper.values(), epochs, epochs[-1].loss < schedule.stop_loss)
+
+
+def run_breadth_first(
+    stepper: Stepper, schedule: Schedule, on_epoch: Callable[[Epoch], None] = lambda _: None
+) -> tuple[Epoch, ...]:
+    """Go through all examples in every epoch, reshuffled, in mini-batches, until the loss is low.
+
+    Args:
+        stepper: What takes the steps.
+        schedule: How long and how fast.
+        on_epoch: Called after each epoch.
+
+    Returns:
+        What each epoch did.
+
+    Raises:
+        TrainingError: A loss, gradient or weight is not finite.
+    """
+    num_examples = stepper.cache.num_examples
     # Of every example, as it is met.
-    success = torch.zeros(num_examples, device=cache.device)
+    success = torch.zeros(num_examples, device=stepper.cache.device)
     orders = shuffled_batches(num_examples, schedule.batch_size, schedule.seed)
     epochs: list[Epoch] = []
-    with (
-        _trainable(split.model, tuned),
-        split.tail(in_bfloat16=engine.in_bfloat16, compiled=engine.compiled) as tail,
-        progress("training", schedule.epochs * num_examples, "edits") as advance,
-    ):
+    with progress("training", schedule.epochs * num_examples, "edits") as advance:
         while len(epochs) < schedule.epochs:
             total = 0.0
             batches = next(orders)
             for number, indices in enumerate(batches):
                 place = f"epoch {len(epochs) + 1}, step {number + 1} of {len(batches)}"
-                batch = cache.batch(indices)
-                logits = tail(batch.packed, batch.hidden, batch.asked)
-                loss = target_loss(logits, batch.labels, batch.rows, schedule.loss_mean)
-                value = loss.item()
-                success[indices] = predicted_share(logits.detach(), batch.labels, batch.rows)
-                _require_finite("loss", torch.tensor(value), place)
-                loss.backward()  # type: ignore[no-untyped-call]
-                for name, parameter, master in zip(location.parameters, tuned, masters, strict=True):
-                    if parameter.grad is None:
-                        continue  # no loss depends on it: an expert's bias for load balancing, say
-                    _require_finite(f"gradient of {name}", parameter.grad, place)
-                    master.grad = parameter.grad.float()
-                    parameter.grad = None
-                optimizer.step()
-                with torch.no_grad():
-                    for name, parameter, master in zip(location.parameters, tuned, masters, strict=True):
-                        _require_finite(f"weight {name}", master, place)
-                        parameter.copy_(master)
-                total += value * batch.num_examples
-                advance(batch.num_examples, note=f"loss {value:.3f}")
+                loss, success[indices] = stepper.step(indices, place)
+                total += loss * len(indices)
+                advance(len(indices), note=f"loss {loss:.3f}")
             epochs.append(
                 Epoch(
                     epoch=len(epochs) + 1,
                     steps=len(batches),
                     loss=total / num_examples,
-                    success=tuple(part.mean().item() for part in _fifths(success)),
+                    success=means_of_fifths(success),
                 )
             )
             on_epoch(epochs[-1])
             if epochs[-1].loss < schedule.stop_loss:
                 break
-    matrices = {name: master.cpu() for name, master in zip(location.parameters, masters, strict=True)}
-    return Trained(matrices, tuple(epochs), epochs[-1].loss < schedule.stop_loss)
+    return tuple(epochs)
+
+
+def run_depth_first(stepper: Stepper, schedule: Schedule) -> tuple[Epoch, ...]:
+    """Train each example until its loss is low, and then the next, in a single pass.
+
+    It is what editors did before (section 2 of the paper), and what breadth-first is compared with.
+
+    Args:
+        stepper: What takes the steps; one example each.
+        schedule: How fast; no example gets more steps than it has epochs.
+
+    Returns:
+        What was done by each tenth of the examples: how many steps that took, the mean loss with which
+        its examples were left, and the success, at its end, of each fifth of all examples.
+
+    Raises:
+        TrainingError: A loss, gradient or weight is not finite.
+    """
+    num_examples = stepper.cache.num_examples
+    tenths = torch.tensor_split(torch.arange(num_examples), min(_NUM_PARTS, num_examples))
+    batches = torch.tensor_split(
+        torch.arange(num_examples), math.ceil(num_examples / _NUM_MEASURED_TOGETHER)
+    )
+    parts: list[Epoch] = []
+    with progress("training", num_examples, "edits") as advance:
+        for part in tenths:
+            before, losses = stepper.num_steps, []
+            for index in part.tolist():
+                loss = math.inf
+                for number in range(schedule.epochs):
+                    place = f"edit {index + 1:,} of {num_examples:,}, step {number + 1}"
+                    loss, _ = stepper.step([index], place)
+                    if loss < schedule.stop_loss:
+                        break
+                losses.append(loss)
+                advance(1, note=f"loss {loss:.3f}")
+            success = torch.cat([stepper.success(batch.tolist()) for batch in batches])
+            parts.append(
+                Epoch(
+                    epoch=len(parts) + 1,
+                    steps=stepper.num_steps - before,
+                    loss=sum(losses) / len(losses),
+                    success=means_of_fifths(success),
+                )
+            )
+    return tuple(parts)
 
 
 def shuffled_batches(num_examples: int, batch_size: int, seed: int) -> Iterator[list[list[int]]]:
@@ -184,27 +233,10 @@ def fifths_of(num_examples: int) -> tuple[int, ...]:
     return tuple(len(part) for part in _fifths(torch.empty(num_examples)))
 
 
+def means_of_fifths(of_examples: Tensor) -> tuple[float, ...]:
+    """Average a value (N,) of each example over each fifth of them."""
+    return tuple(part.mean().item() for part in _fifths(of_examples))
+
+
 def _fifths(of_examples: Tensor) -> tuple[Tensor, ...]:
     return torch.tensor_split(of_examples, min(_NUM_FIFTHS, len(of_examples)))
-
-
-@contextmanager
-def _trainable(model: PreTrainedModel, tuned: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Let the tuned parameters, and nothing else, have gradients while the body runs."""
-    model.requires_grad_(False)
-    for parameter in tuned:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in tuned:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-
-def _require_finite(what: str, tensor: Tensor, place: str) -> None:
-    if not torch.isfinite(tensor).all():
-        raise TrainingError(
-            f"training stopped at {place}: the {what} is not finite, and no patch was written. Try "
-            "a lower learning rate (--lr), or --dtype float32"
-        )

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from locft.evaluation.causes import CAUSES, find_cause
 from locft.evaluation.metrics import is_match
+from locft.types import KINDS, Kind
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ from locft.evaluation.metrics import is_match
         ("the great Eiffel Tower of Paris", "Eiffel Tower", "contained"),
         ("the tower of Eiffel fame", "Eiffel Tower", "wrong fact"),
         ("Parisian", "Paris", "wrong fact"),
-        ("Lima", "", "wrong fact"),  # a locality prompt that was answered with nothing
+        ("Lima", "", "wrong fact"),
     ],
 )
 def test_a_failure_has_a_cause(answer: str, expected: str, cause: str) -> None:
@@ -46,6 +47,21 @@ def test_how_an_answer_is_wrong_says_more_than_that_it_is_right_elsewhere(
     assert find_cause(answer, "Paris", is_right_elsewhere=True) == cause
 
 
-@given(st.text(), st.text(), st.booleans())
-def test_every_answer_gets_a_documented_cause(answer: str, expected: str, elsewhere: bool) -> None:
-    assert find_cause(answer, expected, is_right_elsewhere=elsewhere) in CAUSES
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        ("London", "answered otherwise"),
+        ("", "empty"),
+        ("Paris and more", "rambling"),
+        ("Pariss", "near miss"),
+    ],
+)
+def test_no_fact_is_wrong_where_the_unedited_answer_was_expected(answer: str, cause: str) -> None:
+    assert find_cause(answer, "Paris", "locality") == cause
+
+
+@given(st.text(), st.text(), st.sampled_from(KINDS), st.booleans())
+def test_every_answer_gets_a_documented_cause(
+    answer: str, expected: str, kind: Kind, elsewhere: bool
+) -> None:
+    assert find_cause(answer, expected, kind, is_right_elsewhere=elsewhere) in CAUSES

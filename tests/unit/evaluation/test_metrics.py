@@ -207,7 +207,7 @@ def test_a_paired_difference_is_surer_than_two_intervals() -> None:
     assert high - low < min(widths)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=30))
 def test_equal_scores_do_not_prove_that_models_are_equal(values: list[float]) -> None:
     low, value, high = bounds(paired_difference(values, values))
     assert value == 0
@@ -229,6 +229,51 @@ def test_items_that_agree_leave_room_for_what_was_not_seen(
     value: float, num: int, low: float, high: float
 ) -> None:
     assert bounds(mean([value] * num)) == pytest.approx((low, value, high), abs=1e-5)
+
+
+def difference_of(both: int, gained: int, lost: int, neither: int) -> Figure:
+    """Compare two models by how many items both, only the second, only the first and neither got."""
+    before = [1.0] * both + [0.0] * gained + [1.0] * lost + [0.0] * neither
+    after = [1.0] * (both + gained) + [0.0] * (lost + neither)
+    return paired_difference(before, after)
+
+
+def test_a_difference_of_shares_has_its_published_newcombe_interval() -> None:
+    # Newcombe 1998 (paired data), method 10.
+    figure = difference_of(both=36, gained=12, lost=2, neither=0)
+    assert figure.num == 50
+    assert bounds(figure) == pytest.approx((0.0569, 0.2, 0.3404), abs=6e-5)
+
+
+COUNTS = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
+
+
+@given(COUNTS)
+def test_a_difference_of_shares_is_turned_when_the_models_are_swapped(
+    counts: tuple[int, int, int, int],
+) -> None:
+    both, gained, lost, neither = counts
+    low, value, high = bounds(difference_of(both, gained, lost, neither))
+    assert -1 <= low <= value <= high <= 1
+    assert bounds(difference_of(both, lost, gained, neither)) == pytest.approx((-high, -value, -low))
+
+
+def test_four_of_four_that_are_gained_are_no_accident() -> None:
+    low, value, high = bounds(difference_of(both=0, gained=4, lost=0, neither=0))
+    assert value == high == 1
+    assert 0 < low < 1
+
+
+@pytest.mark.parametrize("both", [0, 1, 2])
+def test_equal_shares_are_equal_the_surer_the_more_items_there_are(both: int) -> None:
+    widths = []
+    for times in (1, 2, 5, 20, 100):
+        low, value, high = bounds(difference_of(both * times, 0, 0, (2 - both) * times))
+        assert value == 0
+        assert low == pytest.approx(-high)
+        widths.append(high - low)
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > 4 * widths[-1] > 0
 
 
 def test_differences_are_of_the_same_items_only() -> None:

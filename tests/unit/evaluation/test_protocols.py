@@ -3,6 +3,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pytest
+from reports import make_answer
 
 from locft.data.contexts import Context
 from locft.errors import ConfigError, InputError
@@ -17,11 +18,11 @@ from locft.evaluation.protocols import (
     refuse_without_old,
     wild,
 )
-from locft.evaluation.scoring import Item, items_of
+from locft.evaluation.scoring import Item, compare, items_of
 from locft.provenance import count_causes, describe_scores
 from locft.report.schema import ProtocolScores
 from locft.report.words import PROTOCOL_SCORES
-from locft.types import KINDS, AnswerRecord, Edit
+from locft.types import KINDS, AnswerRecord, Edit, Figure
 
 EDITS = (
     Edit(
@@ -140,9 +141,25 @@ def test_locft_counts_answers_that_match_the_target_or_the_unedited_answer() -> 
     assert scores.change == {
         "reliability": paired_difference([0, 0], [1, 1]),
         "generalization": paired_difference([0, 0], [0, 0]),
-        "locality": paired_difference([1, 1], [0, 1]),
+        "locality": less_one(share(1, 2)),
     }
     assert {limit for _, limit in edited.asked} == {32}
+
+
+def less_one(figure: Figure) -> Figure:
+    assert figure.value is not None
+    assert figure.low is not None
+    assert figure.high is not None
+    return replace(figure, value=figure.value - 1, low=figure.low - 1, high=figure.high - 1)
+
+
+@pytest.mark.parametrize("num_kept", [0, 3, 5])
+def test_a_change_from_what_holds_by_definition_is_as_sure_as_what_is_left(num_kept: int) -> None:
+    kept = [1.0] * num_kept + [0.0] * (5 - num_kept)
+    records = [make_answer(kind="locality", score_before=1.0, score_after=score) for score in kept]
+    compared = compare(records, "locality", is_share=True, is_own_standard=True)
+    assert compared.after == share(num_kept, 5)
+    assert compared.change == less_one(compared.after)
 
 
 def test_wild_answers_are_longer() -> None:
@@ -275,13 +292,13 @@ def test_each_failure_has_its_cause_and_nothing_else_has_one() -> None:
         "The capital of Australia is": None,
         "Australia's capital:": "rambling",
         "Capital of Australia?": "wrong fact",
-        "The capital of Peru is": "wrong fact",
+        "The capital of Peru is": "answered otherwise",
         "Who wrote Hamlet?": None,
         "Who wrote Emma?": None,
     }
     assert count_causes(records) == {
         "generalization": {"rambling": 1, "wrong fact": 1},
-        "locality": {"wrong fact": 1},
+        "locality": {"answered otherwise": 1},
     }
 
 

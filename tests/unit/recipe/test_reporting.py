@@ -3,18 +3,27 @@
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import SCORES, make_answer, make_answers, make_evaluation, make_passages, make_report
+from reports import (
+    SCORES,
+    fit_report,
+    make_answer,
+    make_answers,
+    make_evaluation,
+    make_passages,
+    make_report,
+)
 
 from locft.errors import InputError, RunError
 from locft.recipe import reporting, run_folder
 from locft.recipe.reporting import compare_runs, redraw
-from locft.recipe.run_folder import Run, draw, save_evaluation, save_scored
-from locft.report.page import Page, Picture, Table, Text
+from locft.recipe.run_folder import Run, draw, read_run, save_evaluation, save_scored
+from locft.report.page import Page, Table, Text
 from locft.report.schema import ComparisonReport, DriftInfo, ProtocolScores, to_json
 from locft.types import AnswerRecord, Figure, Kind, PassageDrift
 
@@ -32,13 +41,16 @@ def save_run(
 ) -> Path:
     folder.mkdir(parents=True)
     found = make_passages() if passages is None else tuple(passages)
-    save_scored(Run(folder, make_report(**changes), tuple(answers), found))
+    report = fit_report(make_report(**changes), answers, found)
+    save_scored(Run(folder, report, tuple(answers), found))
     return folder
 
 
 def save_measured(folder: Path, answers: Sequence[AnswerRecord] = (), **changes: Any) -> Path:
     report = make_evaluation(**changes)
-    save_evaluation(Run(folder, report, tuple(answers), () if report.drift is None else make_passages()))
+    passages = () if report.drift is None else make_passages()
+    report = fit_report(report, answers, passages)
+    save_evaluation(Run(folder, report, tuple(answers), passages))
     return folder
 
 
@@ -86,6 +98,10 @@ def table(page: Page, title: str) -> Table:
 def texts(page: Page, title: str) -> list[str]:
     [section] = [section for section in page.sections if section.title == title]
     return [block.text for block in section.blocks if isinstance(block, Text)]
+
+
+def copy_of(run: Path, name: str = "copy") -> Path:
+    return Path(shutil.copytree(run, run.with_name(name)))
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -157,7 +173,8 @@ def test_the_interval_of_a_clear_difference_is_on_its_side_of_nothing(
     assert figure.high is not None
     assert sign * figure.low > 0
     assert sign * figure.high > 0
-    assert f"B against A: reliability {100 * sign:+.1f} [" in page.verdict
+    way = "more" if sign > 0 else "less"
+    assert f"B against A: {way} reliability ({100 * sign:+.1f} [" in page.verdict
 
 
 def test_items_are_resampled_as_pairs(tmp_path: Path) -> None:
@@ -255,13 +272,14 @@ def test_runs_of_other_edits_have_no_item_in_common(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_differs_from_itself_in_nothing(tmp_path: Path) -> None:
+def test_a_run_differs_from_its_copy_in_nothing(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", make_answers())
-    report, page = compare_runs([run, run])
+    report, page = compare_runs([run, copy_of(run)])
     assert [run.name for run in report.runs] == ["A", "B"]
     assert len(report.differences) == 4
     assert all(one.figure.value == 0 for one in report.differences)
-    assert page.verdict == "B against A: no clear difference."
+    same = "reliability, generalization, locality, drift"
+    assert page.verdict == f"B against A: no clear difference in {same}."
     assert not texts(page, "Settings that differ")
     assert [section.blocks for section in page.sections if section.title == "Settings that differ"] == [
         ()
@@ -372,7 +390,7 @@ def test_runs_that_were_scored_otherwise_have_a_reason_in_place_of_scores(
     assert (report.runs[1].protocol, report.runs[1].context) == (own.protocol.name, own.protocol.context)
     assert f"B: {told}." in texts(page, "Scores")
     assert table(page, "Scores").rows[1] == ("B", "-", "-", "-", "-")
-    assert page.verdict == "B against A: no clear difference."
+    assert page.verdict == "B against A: nothing to pair for any score."
     back, _ = compare_runs([evaluation, run])
     assert back.runs[1].reason is not None
     assert back.differences == ()
@@ -413,7 +431,7 @@ def test_one_passage_gives_a_difference_without_an_interval(tmp_path: Path) -> N
     assert figure == Figure(value=0.5, num=1, reason="one passage gives no interval")
     rows = {row[1]: row[2] for row in table(page, "Differences").rows}
     assert rows["drift"] == "+0.5000 nats per token (one passage gives no interval)"
-    assert page.verdict == "B against A: no clear difference."
+    assert page.verdict.startswith("B against A: no clear difference in drift; nothing to pair for ")
 
 
 @pytest.mark.parametrize(
@@ -422,9 +440,8 @@ def test_one_passage_gives_a_difference_without_an_interval(tmp_path: Path) -> N
         ({"drift": with_drift_on("f" * 64)}, passages(0.05, 0.02)),
         ({}, passages(0.05, 0.02, tokens=(100, 301))),
         ({}, passages(0.05, tokens=[100])),
-        ({}, []),
     ],
-    ids=["text", "tokens", "fewer", "none"],
+    ids=["text", "tokens", "fewer"],
 )
 def test_drift_on_other_text_is_not_compared(
     tmp_path: Path, changes: dict[str, Any], others: list[PassageDrift]
@@ -447,11 +464,8 @@ def test_drift_that_one_run_lacks_is_not_compared(tmp_path: Path) -> None:
 
 
 def test_drift_that_was_not_measured_is_told(tmp_path: Path) -> None:
-    none = Figure(value=None, num=0, reason="the text holds no passage of two tokens")
-    drift = with_drift_on(overall=none)
-    scores = dataclasses.replace(SCORES, drift=none)
     first = save_run(tmp_path / "first")
-    second = save_run(tmp_path / "second", passages=[], drift=drift, scores=scores)
+    second = save_run(tmp_path / "second", passages=[])
     report, _ = compare_runs([first, second])
     assert difference(report, "drift").reason == "drift was not measured in both"
 
@@ -466,7 +480,8 @@ def test_runs_have_letters_in_the_order_of_their_words(tmp_path: Path) -> None:
     assert [one.folder for one in report.runs] == [str(folder) for folder in folders]
     assert {one.run for one in report.differences} == {"B", "C"}
     assert page.title == "3 runs side by side"
-    assert page.verdict == "B against A: no clear difference; C against A: no clear difference."
+    for name in "BC":
+        assert f"{name} against A: no clear difference in drift; nothing to pair for " in page.verdict
 
 
 @pytest.mark.parametrize("num", [0, 1, 27])
@@ -477,9 +492,20 @@ def test_too_few_or_too_many_runs_are_refused_before_any_is_read(tmp_path: Path,
 
 def test_twenty_six_runs_are_compared(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", make_answers())
-    report, _ = compare_runs([run] * 26)
+    report, _ = compare_runs([run, *(copy_of(run, f"copy {number}") for number in range(25))])
     assert report.runs[-1].name == "Z"
     assert len(report.differences) == 25 * 4
+
+
+def test_a_run_that_is_named_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = save_run(tmp_path / "run", make_answers())
+    other = copy_of(run)
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(run)
+    for again in (run, tmp_path / "link", ".", f"{run}/../run/"):
+        with pytest.raises(InputError) as caught:
+            compare_runs([run, other, again])
+        assert str(caught.value) == f"{Path(again)}: is named twice: expected different runs to compare"
 
 
 def test_a_run_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -492,64 +518,38 @@ def test_a_run_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_only_settings_that_differ_are_listed(tmp_path: Path) -> None:
     common = {"batch_size": 20, "seed": 0, "revision": None, "one": True}
-    settings = [
+    settings: list[dict[str, Any]] = [
         {**common, "lr": "auto", "location": "2.mlp"},
         {**common, "lr": 0.001, "location": "2.mlp"},
         {**common, "lr": "auto", "location": "1.mlp", "new": "yes"},
     ]
-    folders = [save_run(tmp_path / str(n), settings=one) for n, one in enumerate(settings)]
+    folders = [
+        save_run(tmp_path / str(n), settings=one, resolved={"lr": 0.002} if one["lr"] == "auto" else {})
+        for n, one in enumerate(settings)
+    ]
     folders.append(save_measured(tmp_path / "evaluation"))
     report, page = compare_runs(folders)
     assert [one.settings for one in report.runs] == [
-        {"lr": "auto", "location": "2.mlp", "new": None},
+        {"lr": 0.002, "location": "2.mlp", "new": None},
         {"lr": 0.001, "location": "2.mlp", "new": None},
-        {"lr": "auto", "location": "1.mlp", "new": "yes"},
+        {"lr": 0.002, "location": "1.mlp", "new": "yes"},
         {},
     ]
     found = table(page, "Settings that differ")
     assert found.columns == ("run", "lr", "location", "new")
     assert found.rows == (
-        ("A", "auto", "2.mlp", "none"),
+        ("A", "0.002", "2.mlp", "none"),
         ("B", "0.001", "2.mlp", "none"),
-        ("C", "auto", "1.mlp", "yes"),
+        ("C", "0.002", "1.mlp", "yes"),
         ("D", "-", "-", "-"),
     )
 
 
-@pytest.mark.parametrize(
-    ("points", "best"),
-    [
-        # up and to the left is better: generalization, drift
-        ([(0.5, 0.1), (0.6, 0.2)], "A, B"),
-        ([(0.5, 0.2), (0.6, 0.1)], "B"),
-        ([(0.5, 0.1), (0.5, 0.2)], "A"),
-        ([(0.4, 0.1), (0.5, 0.1)], "B"),
-        ([(0.5, 0.1), (0.5, 0.1)], "A, B"),
-        ([(0.5, 0.1), (0.5, 0.1), (0.9, 0.05)], "C"),
-        ([(0.2, 0.1), (0.9, 0.3), (0.5, 0.4), (0.6, 0.2)], "A, B, D"),
-        ([(0.2, 0.1), (None, 0.0), (0.3, 0.2)], "A, C"),
-    ],
-)
-def test_the_front_names_the_runs_that_no_other_dominates(
-    tmp_path: Path,
-    points: Sequence[tuple[float | None, float]],
-    best: str,
-) -> None:
-    folders = []
-    for number, (up, harm) in enumerate(points):
-        # Ends that overlap are no matter.
-        reason = None if up is not None else "the edits hold none"
-        ends = {} if up is None else {"low": 0.0, "high": 1.0}
-        generalization = Figure(value=up, num=60, reason=reason, **ends)
-        drift = Figure(value=harm, num=40, low=0.0, high=1.0)
-        scores = dataclasses.replace(SCORES, generalization=generalization, drift=drift)
-        folders.append(save_run(tmp_path / str(number), scores=scores))
-    _, page = compare_runs(folders)
-    assert texts(page, "Generalization against drift") == [
-        f"On the front, where no other run carries at least as far for at most as much harm: {best}."
-    ]
-    [section] = [one for one in page.sections if one.title == "Generalization against drift"]
-    assert isinstance(section.blocks[0], Picture)
+def test_settings_that_came_to_the_same_do_not_differ(tmp_path: Path) -> None:
+    chosen = save_run(tmp_path / "first", settings={"lr": "auto"}, resolved={"lr": 0.002})
+    given = save_run(tmp_path / "second", settings={"lr": 0.002}, resolved={})
+    report, _ = compare_runs([chosen, given])
+    assert [one.settings for one in report.runs] == [{}, {}]
 
 
 def test_one_run_with_both_figures_is_no_front(tmp_path: Path) -> None:
@@ -637,7 +637,7 @@ def test_a_comparison_takes_no_folder_that_is_taken(tmp_path: Path) -> None:
 
 def test_runs_in_folders_with_half_characters_are_compared(tmp_path: Path) -> None:
     run = save_run(tmp_path / os.fsdecode(b"caf\xe9"), make_answers())
-    report, _ = compare_runs([run, run], tmp_path / "comparison")
+    report, _ = compare_runs([run, copy_of(run)], tmp_path / "comparison")
     read = json.loads((tmp_path / "comparison" / "report.json").read_bytes())
     assert read["runs"][0]["folder"] == report.runs[0].folder == str(run)
 
@@ -652,7 +652,7 @@ def test_a_run_is_drawn_as_it_was_at_first(tmp_path: Path) -> None:
     for name in ("report.md", "report.html"):
         (run / name).write_text("gone")
     for _ in range(2):
-        assert redraw(run) == [run / "report.md", run / "report.html"]
+        assert redraw(run) == (read_run(run).report, [run / "report.md", run / "report.html"])
         assert listing(tmp_path) == {f"run/{name}": data for name, data in whole.items()}
     assert not [path for path in tmp_path.iterdir() if path != run]
 
@@ -685,9 +685,30 @@ def test_a_run_is_drawn_into_another_folder(tmp_path: Path) -> None:
     whole = listing(run)
     (run / "report.md").write_text("gone")
     output = tmp_path / "deep" / "new"
-    assert redraw(run, output) == [output / "report.md", output / "report.html"]
-    assert listing(output) == {name: whole[name] for name in ("report.md", "report.html")}
+    names = ["report.md", "report.html", "report.json"]
+    assert redraw(run, output) == (read_run(run).report, [output / name for name in names])
+    assert listing(output) == {name: whole[name] for name in names}
     assert listing(run) == {**whole, "report.md": b"gone"}
+
+
+def test_what_a_report_does_without_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "draw", lambda page: {})
+    run = save_run(tmp_path / "run", make_answers())
+    evaluation = save_measured(run / "wild", make_answers())
+    (run / "patch").mkdir()
+
+    def said_of(folder: Path) -> list[str]:
+        said: list[str] = []
+        redraw(folder, say=said.append)
+        return said
+
+    assert said_of(run) == said_of(evaluation) == []
+    (run / "patch").rmdir()
+    assert said_of(run) == [f"{run}: holds no patch/ any more, only what was measured of it"]
+    assert said_of(evaluation) == []
+    (evaluation / "answers.jsonl").unlink()
+    missing, _ = said_of(run)
+    assert missing.startswith(f"left out: {evaluation / 'answers.jsonl'}: is missing")
 
 
 @pytest.mark.usefixtures("pictures")

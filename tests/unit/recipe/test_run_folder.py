@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reports import (
+    fit_report,
     make_answer,
     make_answers,
     make_endpoint,
@@ -23,13 +25,14 @@ from locft.errors import InputError, RunError
 from locft.recipe import run_folder
 from locft.recipe.run_folder import Run, draw, read_run, save_evaluation, save_scored
 from locft.report.schema import SCHEMA_VERSION, EditReport
+from locft.types import AnswerRecord, PassageDrift
 
 REPORT, ANSWERS, DRIFT = "report.json", "answers.jsonl", "drift.jsonl"
 TEXTS = st.text(max_size=30) | st.sampled_from(
     ["", "\r\n", "\u2028\x85", "\x00", "\x1b[31m", "\u202egnp", "é" * 400, '"\\', "\U0010ffff", "NaN"]
 )
 WRONG: tuple[Any, ...] = ([], "\udc80", True, 1.5, None)
-ANY = ("settings",)  # fields below these may hold any value
+ANY = ("settings", "resolved")  # fields below these may hold any value
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +40,24 @@ def no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+def fitting(
+    folder: Path,
+    report: Any,
+    answers: tuple[AnswerRecord, ...],
+    passages: tuple[PassageDrift, ...],
+) -> Run:
+    return Run(folder, fit_report(report, answers, passages), answers, passages)
+
+
 def save_edit_run(folder: Path, text: str = "plain", **changes: Any) -> Run:
     folder.mkdir(parents=True)
-    run = Run(folder, make_report(text, **changes), make_answers(text), make_passages(text))
+    run = fitting(folder, make_report(text, **changes), make_answers(text), make_passages(text))
     save_scored(run)
     return run
 
 
 def save_evaluation_run(folder: Path, text: str = "plain", **changes: Any) -> Run:
-    run = Run(folder, make_evaluation(text, **changes), make_answers(text), make_passages(text))
+    run = fitting(folder, make_evaluation(text, **changes), make_answers(text), make_passages(text))
     save_evaluation(run)
     return run
 
@@ -93,6 +105,10 @@ def refusal(folder: Path) -> str:
     assert str(folder) in message
     assert before == (listing(folder) if folder.is_dir() else {})
     return message
+
+
+def way_out(run: Path) -> str:
+    return f"; to score its patch: `locft eval MODEL {run / 'edits.jsonl'} --patch {run} -o NEW`"
 
 
 def told(folder: Path) -> str | None:
@@ -159,7 +175,7 @@ def test_scores_leave_what_else_is_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "patch").mkdir(parents=True)
     (tmp_path / "run" / "patch" / "weights").write_bytes(b"\x00")
     (tmp_path / "run" / "edits.jsonl").write_text("{}\n")
-    save_scored(Run(tmp_path / "run", make_report(), make_answers(), make_passages()))
+    save_scored(fitting(tmp_path / "run", make_report(), make_answers(), make_passages()))
     assert {"patch/weights", "edits.jsonl", REPORT} <= listing(tmp_path / "run").keys()
     assert not [path for path in tmp_path.iterdir() if path.name != "run"]
 
@@ -193,8 +209,8 @@ def test_any_text_is_read_as_it_was_saved(
     passages = make_passages(text)
     (folder / "run").mkdir()
     for saved, save in (
-        (Run(folder / "run", report, answers, passages), save_scored),
-        (Run(folder / "new", make_evaluation(text), answers, passages), save_evaluation),
+        (fitting(folder / "run", report, answers, passages), save_scored),
+        (fitting(folder / "new", make_evaluation(text), answers, passages), save_evaluation),
     ):
         save(saved)
         assert read_run(saved.folder) == saved
@@ -211,7 +227,7 @@ def test_an_evaluation_without_drift_has_no_file_of_it(tmp_path: Path) -> None:
     report = make_evaluation(
         model=None, endpoint=make_endpoint("there"), patch=None, drift=None, capability=None
     )
-    saved = Run(tmp_path / "evaluation", report, make_answers(), ())
+    saved = fitting(tmp_path / "evaluation", report, make_answers(), ())
     save_evaluation(saved)
     assert DRIFT not in listing(tmp_path / "evaluation")
     assert read_run(tmp_path / "evaluation") == saved
@@ -219,7 +235,7 @@ def test_an_evaluation_without_drift_has_no_file_of_it(tmp_path: Path) -> None:
 
 def test_a_run_without_answers_is_a_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    saved = Run(tmp_path / "run", make_report(), (), ())
+    saved = fitting(tmp_path / "run", make_report(), (), ())
     save_scored(saved)
     assert read_run(tmp_path / "run") == saved
 
@@ -251,7 +267,20 @@ def test_a_finished_patch_without_scores_is_told_how_to_get_them(tmp_path: Path)
     (tmp_path / "patch").mkdir()
     message = refusal(tmp_path)
     assert "whose scores are not" in message
-    assert f"`locft eval MODEL {tmp_path / 'edits.jsonl'} --patch {tmp_path} -o NEW`" in message
+    assert message.endswith(way_out(tmp_path))
+
+
+@pytest.mark.parametrize("name", [ANSWERS, DRIFT])
+def test_what_cannot_be_read_is_told_how_to_score_its_patch(
+    run: Path, contents: dict[str, dict[str, bytes]], name: str
+) -> None:
+    for folder in (run, fill(run / "inner", contents["evaluation"])):
+        (folder / name).unlink()
+        without = refusal(folder)
+        assert "--patch" not in without
+        (run / "patch").mkdir()
+        assert refusal(folder) == without + way_out(run)
+        (run / "patch").rmdir()
 
 
 def test_paths_that_no_system_takes_are_refused(tmp_path: Path) -> None:
@@ -372,13 +401,10 @@ def test_a_report_of_one_kind_is_not_read_as_another(run: Path, evaluation: Path
 
 
 @pytest.mark.parametrize("version", [-1, 0, 1, SCHEMA_VERSION - 1])
-def test_a_report_of_an_older_version_is_told_how_to_score_again(run: Path, version: int) -> None:
+def test_a_report_of_an_older_version_is_told(run: Path, version: int) -> None:
     change(run, lambda report: report.update(schema_version=version))
-    message = refusal(run)
-    assert (
-        f"an older locft wrote it (report version {version}; this one reads {SCHEMA_VERSION})" in message
-    )
-    assert f"`locft eval MODEL {run / 'edits.jsonl'} --patch {run} -o NEW`" in message
+    what = f"an older locft wrote it (report version {version}; this one reads {SCHEMA_VERSION})"
+    assert refusal(run) == f"{run / REPORT}: {what}"
 
 
 def test_a_report_of_a_newer_version_is_told_to_upgrade(run: Path) -> None:
@@ -392,12 +418,12 @@ def test_a_report_of_a_newer_version_is_told_to_upgrade(run: Path) -> None:
 def test_a_version_is_a_whole_number(run: Path, version: object) -> None:
     change(run, lambda report: report.update(schema_version=version))
     message = refusal(run)
-    assert f"field schema_version is {version!r}: expected {SCHEMA_VERSION}" in message
+    assert f"field schema_version is {version!r}: expected the number {SCHEMA_VERSION}" in message
 
 
 def test_a_report_without_a_version_is_refused(run: Path) -> None:
     change(run, lambda report: report.pop("schema_version"))
-    assert f"field schema_version is None: expected {SCHEMA_VERSION}" in refusal(run)
+    assert f"field schema_version is None: expected the number {SCHEMA_VERSION}" in refusal(run)
 
 
 @pytest.mark.parametrize("kind", ["edit", "evaluation"])
@@ -520,12 +546,20 @@ def test_contexts_that_were_scored_differently_are_refused(evaluation: Path) -> 
 @pytest.mark.parametrize(
     ("place", "value", "what"),
     [
-        (("scores", "reliability", "value"), 1e308, "field scores.reliability.value"),
+        (("scores", "reliability", "value"), 1e308, "outside its own interval [0, 1]"),
         (("scores", "reliability", "low"), -1e308, "field scores.reliability.low"),
         (("scores", "reliability", "low"), None, "field scores.reliability"),
         (("scores", "reliability", "num"), 10**400, "field scores.reliability.num"),
-        (("scores", "drift", "value"), 1e308, "field scores.drift.value"),
-        (("change", "reliability", "value"), 1e308, "field change.reliability.value"),
+        (("scores", "drift", "high"), 1e308, "field scores.drift.high"),
+        (
+            ("change", "reliability", "value"),
+            1.5,
+            "field change.reliability is 1.5, outside its own interval [",
+        ),
+        (("scores_before", "reliability", "low"), 0.01, "field scores_before.reliability is 0, outside"),
+        (("change", "reliability", "num"), -1, "field change.reliability.num is -1: expected 0 or more"),
+        (("edits", "num_edits"), -1, "field edits.num_edits is -1: expected 0 or more"),
+        (("training", "steps"), -30, "field training.steps is -30: expected 0 or more"),
         (("drift", "by_kind", "plain", "high"), 1e308, "field drift.by_kind.plain.high"),
         (("drift", "num_tokens"), 10**400, "field drift.num_tokens"),
         (("training", "course", 1, "loss"), -1e308, "field training.course[1].loss"),
@@ -534,6 +568,8 @@ def test_contexts_that_were_scored_differently_are_refused(evaluation: Path) -> 
         (("location", "num_parameters"), 10**400, "field location.num_parameters"),
         (("model", "num_parameters"), 0, "field model.num_parameters"),
         (("cost", "wall_s"), 1e308, "field cost.wall_s"),
+        (("cost", "wall_s"), -0.5, "field cost.wall_s is -0.5: expected 0 or more"),
+        (("plan", "train_s"), -0.5, "field plan.train_s is -0.5: expected 0 or more"),
         (("patch_bytes",), 10**400, "field patch_bytes"),
     ],
     ids=str,
@@ -544,8 +580,18 @@ def test_what_nobody_can_have_measured_is_refused(
     whole = json.loads((run / REPORT).read_bytes())
     (run / REPORT).write_text(json.dumps(put(whole, place, value)))
     message = refusal(run)
+    assert f"{run / REPORT}: is damaged: field " in message
     assert what in message
-    assert "expected" in message or "neither an interval (low, high) nor a reason" in message
+
+
+def test_no_part_of_an_evaluation_took_less_than_no_time(evaluation: Path) -> None:
+    change(evaluation, lambda report: report["parts_s"].update(load=-0.5))
+    assert "field parts_s.load is -0.5: expected 0 or more" in refusal(evaluation)
+
+
+def test_a_loss_may_be_below_nothing(run: Path) -> None:
+    change(run, lambda report: report["training"].update(final_loss=-0.5))
+    assert draw(read_run(run).page())
 
 
 @pytest.mark.parametrize("value", [10**400, 1e308, "\ud800", None, [[1]], {"a": {}}, "x" * 100_000])
@@ -563,7 +609,7 @@ def test_settings_may_hold_anything(run: Path, value: object) -> None:
 @pytest.mark.parametrize("name", [ANSWERS, DRIFT])
 def test_a_missing_file_is_named(run: Path, name: str) -> None:
     (run / name).unlink()
-    assert f"{run / name}: is missing, so this run cannot be drawn again" in refusal(run)
+    assert f"{run / name}: is missing, and the report cannot be drawn without it" in refusal(run)
 
 
 @pytest.mark.parametrize("name", [ANSWERS, DRIFT])
@@ -649,9 +695,9 @@ def test_each_field_that_an_answer_must_have_is_named(run: Path) -> None:
     for field in json.loads(lines[0]):
         record = json.loads(lines[0])
         del record[field]
-        (run / ANSWERS).write_text(json.dumps(record))
+        (run / ANSWERS).write_text("\n".join([json.dumps(record), *lines[1:]]))
         if field in ("details_before", "details_after", "cause"):
-            assert len(read_run(run).answers) == 1
+            assert len(read_run(run).answers) == len(lines)
         else:
             assert f"missing required field {field}" in refusal(run)
 
@@ -669,9 +715,112 @@ def test_a_passage_that_cannot_be_is_named(run: Path, field: str, value: object)
 
 
 def test_the_drift_of_a_report_that_has_none_is_not_read(tmp_path: Path) -> None:
-    save_evaluation(Run(tmp_path / "evaluation", make_evaluation(drift=None), make_answers(), ()))
+    save_evaluation(fitting(tmp_path / "evaluation", make_evaluation(drift=None), make_answers(), ()))
     (tmp_path / "evaluation" / DRIFT).write_text("noise")
     assert read_run(tmp_path / "evaluation").passages == ()
+
+
+# What was measured, and what is said of it.
+
+
+SCORED = {"value": 0.5, "num": 2, "low": 0.0, "high": 1.0, "reason": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "what"),
+    [
+        (
+            "edit",
+            ("scores", "reliability", "value"),
+            0.6,
+            "field scores.reliability is 0.6 of 2, and 0.5 of 2 by the answers",
+        ),
+        (
+            "edit",
+            ("scores", "locality", "num"),
+            200,
+            "field scores.locality is 0.5 of 200, and 0.5 of 2 by the answers",
+        ),
+        (
+            "evaluation",
+            ("drift", "overall", "value"),
+            0.03,
+            "field drift.overall is 0.03 of 2, and 0.0275 of 2 by the passages",
+        ),
+        (
+            "edit",
+            ("drift", "by_kind", "plain", "num"),
+            40,
+            "field drift.by_kind.plain is 0.0275 of 40, and 0.0275 of 2 by the passages",
+        ),
+        (
+            "edit",
+            ("drift", "by_kind", "poems"),
+            SCORED,
+            "field drift.by_kind.poems is 0.5 of 2, and not measured by the passages",
+        ),
+        (
+            "evaluation",
+            ("contexts", "raw", "after", "generalization", "value"),
+            0.4,
+            "field contexts.raw.after.generalization is 0.4 of 2, and 0.5 of 2 by the answers",
+        ),
+        (
+            "evaluation",
+            ("protocols", "wild", "after", "reliability"),
+            SCORED,
+            "field protocols.wild.after.reliability is 0.5 of 2, and not measured by the answers",
+        ),
+    ],
+)
+def test_figures_that_were_not_measured_so_are_refused(
+    tmp_path: Path,
+    contents: dict[str, dict[str, bytes]],
+    kind: str,
+    place: tuple[str, ...],
+    value: object,
+    what: str,
+) -> None:
+    folder = fill(tmp_path / "run", contents[kind])
+    report = put(json.loads(contents[kind][REPORT]), place, value)
+    (folder / REPORT).write_text(json.dumps(report))
+    assert refusal(folder) == f"{folder / REPORT}: does not fit what it was made from: {what}"
+
+
+@pytest.mark.parametrize("kind", ["edit", "evaluation"])
+@pytest.mark.parametrize("name", [ANSWERS, DRIFT])
+def test_a_line_too_few_or_too_many_is_noticed(
+    tmp_path: Path, contents: dict[str, dict[str, bytes]], kind: str, name: str
+) -> None:
+    folder = fill(tmp_path / "run", contents[kind])
+    lines = contents[kind][name].splitlines(keepends=True)
+    counted = [line for line in lines if kind == "edit" or b'"locality"' not in line]
+    for line in counted:
+        for changed in ([other for other in lines if other is not line], [*lines, line]):
+            (folder / name).write_bytes(b"".join(changed))
+            assert "does not fit what it was made from" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"score_after": None},
+        {"score_before": None},  # it was not scored before, and so is no part of the comparison
+        {"context": "chat"},
+        {"protocol": "wild"},
+    ],
+    ids=str,
+)
+def test_answers_beyond_what_a_score_is_of_do_not_count(run: Path, changes: dict[str, Any]) -> None:
+    with (run / ANSWERS).open("a") as file:
+        file.write(json.dumps(asdict(make_answer(is_right=True, **changes))))
+    assert len(read_run(run).answers) == 7
+
+
+def test_scores_of_a_protocol_of_another_version_are_not_checked(run: Path) -> None:
+    change(run, lambda report: report["protocol"].update(name="yours"))
+    change(run, lambda report: report["scores"]["reliability"].update(value=0.6))
+    assert draw(read_run(run).page())
 
 
 # Evaluations within a run folder.
@@ -685,7 +834,7 @@ def test_evaluations_within_a_run_come_in_the_order_of_their_names(
     found = read_run(run)
     assert [one.name for one in found.evaluations] == ["10", "9", "Chat", "after-stack", "wild"]
     one = found.evaluations[0]
-    assert one.report == make_evaluation()
+    assert one.report == fit_report(make_evaluation(), make_answers(), make_passages())
     assert one.answers == make_answers()
     titles = [section.title for section in found.page().sections]
     assert "Scores by protocol (10)" in titles
@@ -744,23 +893,26 @@ def test_evaluations_within_an_evaluation_are_not_looked_for(
     assert read_run(evaluation).evaluations == ()
 
 
-@pytest.mark.parametrize("name", [REPORT, ANSWERS])
-def test_a_broken_evaluation_within_a_run_is_named(
-    run: Path, contents: dict[str, dict[str, bytes]], name: str
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        (REPORT, b"{", "is damaged: "),
+        (REPORT, b'{"schema_version": 1}', "an older locft wrote it"),
+        (ANSWERS, b"{", "line 1 is damaged: "),
+        (DRIFT, b"{", "line 1 is damaged: "),
+    ],
+)
+def test_an_evaluation_that_cannot_be_read_is_left_out_and_told(
+    run: Path, contents: dict[str, dict[str, bytes]], name: str, data: bytes, what: str
 ) -> None:
+    (run / "patch").mkdir()
     fill(run / "good", contents["evaluation"])
-    fill(run / "wild", contents["evaluation"])
-    (run / "wild" / name).write_bytes(b"{")
-    assert f"{run / 'wild' / name}: " in refusal(run)
-    assert "is damaged" in refusal(run)
-
-
-def test_an_evaluation_of_another_version_within_a_run_is_named(
-    run: Path, contents: dict[str, dict[str, bytes]]
-) -> None:
-    fill(run / "old", contents["evaluation"])
-    change(run / "old", lambda report: report.update(schema_version=1))
-    assert f"{run / 'old' / REPORT}: an older locft wrote it" in refusal(run)
+    wild = fill(run / "wild", {**contents["evaluation"], name: data})
+    said: list[str] = []
+    assert [one.name for one in read_run(run, said.append).evaluations] == ["good"]
+    assert said == [f"left out: {refusal(wild)}"]
+    assert f"{wild / name}: {what}" in said[0]
+    assert said[0].endswith(way_out(run))
 
 
 # Whatever a file holds, it is drawn or refused.
@@ -825,6 +977,17 @@ NUMBERS = st.sampled_from(
 )
 
 
+def draw_altered(
+    folder: Path,
+    contents: dict[str, dict[str, bytes]],
+    data: st.DataObject,
+    alter: Callable[[Any], Any],
+) -> None:
+    kind = data.draw(st.sampled_from(["edit", "evaluation"]))
+    report = alter(json.loads(contents[kind][REPORT]))
+    read_and_draw(fill(folder, {**contents[kind], REPORT: json.dumps(report).encode()}))
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_numbers_are_drawn_or_refused(
@@ -832,20 +995,22 @@ def test_any_numbers_are_drawn_or_refused(
     contents: dict[str, dict[str, bytes]],
     data: st.DataObject,
 ) -> None:
-    kind = data.draw(st.sampled_from(["edit", "evaluation"]))
-    report = json.loads(contents[kind][REPORT])
-    numbers = [
-        (place, value)
-        for place, value in leaves(report)
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and place != ("schema_version",)
-    ]
-    for place, value in data.draw(st.lists(st.sampled_from(numbers), min_size=1, max_size=4)):
-        number = data.draw(NUMBERS)
-        report = put(report, place, float(min(number, 1e308)) if isinstance(value, float) else number)
-    files = {**contents[kind], REPORT: json.dumps(report).encode()}
-    read_and_draw(fill(tmp_path_factory.mktemp("numbers"), files))
+    def alter(report: Any) -> Any:
+        numbers = [
+            (place, value)
+            for place, value in leaves(report)
+            if isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and place != ("schema_version",)
+        ]
+        for place, value in data.draw(st.lists(st.sampled_from(numbers), min_size=1, max_size=4)):
+            number = data.draw(NUMBERS)
+            report = put(
+                report, place, float(min(number, 1e308)) if isinstance(value, float) else number
+            )
+        return report
+
+    draw_altered(tmp_path_factory.mktemp("numbers"), contents, data, alter)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -855,18 +1020,16 @@ def test_parts_that_are_empty_are_drawn_or_refused(
     contents: dict[str, dict[str, bytes]],
     data: st.DataObject,
 ) -> None:
-    kind = data.draw(st.sampled_from(["edit", "evaluation"]))
-    report = json.loads(contents[kind][REPORT])
-    places = [place for place in objects(report) if place]
-    places += [(*place[:-1],) for place, _ in leaves(report) if isinstance(place[-1], int)]
-    place = data.draw(st.sampled_from(places))
-    empty = data.draw(st.sampled_from(["empty", "null"]))
-    inner = report
-    for name in place:
-        inner = inner[name]
-    report = put(report, place, type(inner)() if empty == "empty" else None)
-    files = {**contents[kind], REPORT: json.dumps(report).encode(), ANSWERS: b""}
-    read_and_draw(fill(tmp_path_factory.mktemp("empty"), files))
+    def alter(report: Any) -> Any:
+        places = [place for place in objects(report) if place]
+        places += [(*place[:-1],) for place, _ in leaves(report) if isinstance(place[-1], int)]
+        place = data.draw(st.sampled_from(places))
+        inner = report
+        for name in place:
+            inner = inner[name]
+        return put(report, place, data.draw(st.sampled_from([type(inner)(), None])))
+
+    draw_altered(tmp_path_factory.mktemp("empty"), contents, data, alter)
 
 
 def test_figures_that_were_not_measured_are_drawn(run: Path) -> None:
@@ -874,9 +1037,30 @@ def test_figures_that_were_not_measured_are_drawn(run: Path) -> None:
         for scores in (report["scores"], report["scores_before"]):
             for figure in scores.values():
                 figure.update(value=None, low=None, high=None, reason=None, num=0)
-        report["drift"].update(by_kind={}, most_moved=[])
+        report["drift"].update(overall=report["scores"]["drift"], by_kind={}, most_moved=[])
         report["location"].update(matrices=[])
         report["change"] = {}
 
     change(run, forget)
+    for name in (ANSWERS, DRIFT):
+        (run / name).write_bytes(b"")
     assert read_and_draw(run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("scores_before", 1.0), ("change", 0.0), ("scores", None)],
+)
+def test_what_stands_beside_a_score_must_fit_the_answers_too(
+    run: Path, field: str, value: float | None
+) -> None:
+    def alter(report: dict[str, Any]) -> None:
+        report[field]["reliability"].update(value=value, low=-1.0, high=1.0, reason="said so")
+
+    change(run, alter)
+    assert f"does not fit what it was made from: field {field}.reliability is " in refusal(run)
+
+
+def test_the_two_places_of_drift_must_agree(run: Path) -> None:
+    change(run, lambda report: report["scores"]["drift"].update(value=0.001, low=0.0, high=0.01))
+    assert "field scores.drift is not the one of field drift.overall" in refusal(run)

@@ -1,10 +1,12 @@
+import dataclasses
+
 import pytest
 from hostile import pictures_blank
 from reports import SCORES, make_compared, make_comparison
 
 from locft.report.comparison import describe_comparison
 from locft.report.page import Page, Picture, Table, Text
-from locft.report.schema import ComparisonReport
+from locft.report.schema import ComparisonReport, Difference
 from locft.types import Figure
 
 
@@ -22,14 +24,47 @@ def drawn_titles(page: Page) -> list[str]:
     return [one.title for one in page.sections if one.blocks]
 
 
-def test_the_verdict_names_only_differences_beyond_chance() -> None:
+def test_the_verdict_tells_what_is_beyond_chance_from_what_is_not() -> None:
     page = describe(make_comparison())
     assert page.title == "2 runs side by side"
     assert page.verdict == (
-        "B against A: generalization +20.0 [+8.3, +31.7] points, "
-        "drift +0.0212 [+0.0187, +0.0239] nats per token."
+        "B against A: more generalization (+20.0 [+8.3, +31.7] points), "
+        "more drift (+0.0212 [+0.0187, +0.0239] nats per token); "
+        "no clear difference in reliability; nothing to pair for locality."
     )
-    assert describe(make_comparison(differences=())).verdict == "B against A: no clear difference."
+    nothing = describe(make_comparison(differences=()))
+    assert nothing.verdict == "B against A: nothing to pair for any score."
+
+
+def test_the_verdict_says_which_way_and_of_which_run() -> None:
+    less = Figure(value=-0.2, num=60, low=-0.3, high=-0.1)
+    differences = tuple(
+        Difference(run=run, score="generalization", figure=figure, num_items=60, num_items_first=60)
+        for run, figure in (("B", less), ("C", Figure(value=0.0, num=60, low=-0.1, high=0.1)))
+    )
+    runs = tuple(make_compared(name) for name in "ABC")
+    assert describe(make_comparison(runs=runs, differences=differences)).verdict == (
+        "B against A: less generalization (-20.0 [-30.0, -10.0] points). "
+        "C against A: no clear difference in generalization."
+    )
+
+
+def test_scores_of_other_edits_are_warned_of_where_they_stand_side_by_side() -> None:
+    alike, unlike = make_compared("B"), make_compared("C", edits_sha256="f" * 64)
+    unscored = dataclasses.replace(unlike, scores={"generalization": SCORES.generalization})
+    for other, titles in (
+        (alike, []),
+        (unlike, ["Scores", "Generalization against drift"]),
+        (unscored, ["Scores"]),  # it is not in the picture of the front
+    ):
+        page = describe(make_comparison(runs=(make_compared("A"), alike, other), differences=()))
+        warned = [
+            section.title
+            for section in page.sections
+            for block in section.blocks
+            if isinstance(block, Text) and block.text.startswith("Not on the same edits as A: C. ")
+        ]
+        assert warned == titles
 
 
 def test_differences_are_worded_with_what_they_were_paired_on() -> None:
@@ -88,10 +123,16 @@ def test_runs_that_cannot_be_compared_say_why_and_leave_no_empty_section() -> No
         ([(0.5, 0.06), (0.7, 0.04)], "B"),
         ([(0.5, 0.04), (0.5, 0.04)], "A, B"),
         ([(0.5, 0.04), (0.5, 0.05)], "A"),
+        ([(0.5, 0.04), (0.6, 0.04)], "B"),
         ([(0.5, 0.04), (0.7, 0.06), (0.6, 0.07)], "A, B"),
+        ([(0.5, 0.04), (0.5, 0.04), (0.9, 0.03)], "C"),
+        ([(0.2, 0.1), (0.9, 0.3), (0.5, 0.4), (0.6, 0.2)], "A, B, D"),
+        ([(0.2, 0.1), (None, 0.0), (0.3, 0.2)], "A, C"),
     ],
 )
-def test_the_front_is_of_runs_that_no_other_beats(places: list[tuple[float, float]], front: str) -> None:
+def test_the_front_is_of_runs_that_no_other_beats(
+    places: list[tuple[float | None, float]], front: str
+) -> None:
     runs = tuple(
         make_compared(
             name,
@@ -100,7 +141,7 @@ def test_the_front_is_of_runs_that_no_other_beats(places: list[tuple[float, floa
                 "drift": Figure(value=drift, num=40, low=0.0, high=1.0),
             },
         )
-        for name, (carried, drift) in zip("ABC", places, strict=False)
+        for name, (carried, drift) in zip("ABCD", places, strict=False)
     )
     page = describe(make_comparison(runs=runs, differences=()))
     (found,) = (s for s in page.sections if s.title == "Generalization against drift")

@@ -89,7 +89,7 @@ def test_learning_cost_change_and_settings_are_told() -> None:
     page = describe_edit(make_report(), ())
     told = words(page)
     for part in (
-        "3 epochs of at most 25, 30 steps of 20 edits, learning rate 0.002; final loss 0.0091; it",
+        "3 epochs of at most 25, 30 steps of at most 20 edits, learning rate 0.002; final loss 0.0091",
         "2,048 of 40,000 parameters (5.12%). The patch takes 9.4 kB.",
         "0.25 s per edit",
         "The plan allowed for 25 epochs, and training took 3",
@@ -102,7 +102,7 @@ def test_learning_cost_change_and_settings_are_told() -> None:
     assert ("peak memory", "1.5 GB", "1.6 GB") in cost.rows
     (settings,) = tables(section(page, "Settings").blocks)
     assert settings.rows == (
-        ("lr", "auto"),
+        ("lr", "auto (0.002)"),
         ("drift_text", "plain"),
         ("revision", "none"),
         ("stop_loss", "0.01"),
@@ -224,6 +224,14 @@ def test_an_evaluation_tells_protocols_contexts_judge_and_capability() -> None:
     tasks = tables(section(page, "Capability").blocks)[0]
     assert [row[0] for row in tasks.rows] == ["plain", "piqa", "mean over tasks"]
     assert tasks.rows[0][4] == "-25.0 [-35.0, -15.0]"
+
+
+def test_the_unedited_model_of_an_evaluation_drifts_by_nothing() -> None:
+    first, second = tables(
+        section(describe_evaluation(make_evaluation(), ()), "Scores by protocol").blocks
+    )
+    assert first.rows[-1][:3] == ("drift", "0 by definition", "0.0421 [0.0391, 0.0455], 40 passages")
+    assert "drift" not in [row[0] for row in second.rows]
 
 
 def test_an_evaluation_of_a_server_without_a_base_has_no_empty_section() -> None:

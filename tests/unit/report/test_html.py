@@ -128,6 +128,14 @@ def test_a_file_is_told_apart_and_read_aloud(kind: str) -> None:
             assert (first.tag, first.get("scope")) == ("th", "row")
             assert {cell.tag for cell in others} <= {"td"}
             assert len(row.children) == len(columns.children)
+            # Where rows are cards, which takes a table's meaning from it, cells tell their columns.
+            labels = [cell.get("data-label") for cell in row.children]
+            assert labels == [None, *(column.text for column in columns.children[1:])]
+            assert [cell["role"] for cell in row.children] == ["rowheader", *["cell"] * len(others)]
+        assert {cell["role"] for cell in columns.children} == {"columnheader"}
+        assert {row["role"] for row in table.all("tr")} == {"row"}
+        assert [table["role"], header["role"], body["role"]] == ["table", "rowgroup", "rowgroup"]
+        assert (table.get("class") == "stacks") is (len(columns.children) > 3)
     pictures = [*html.all("figure")]
     assert pictures
     assert len(pictures) == len([*html.all("svg")])

@@ -163,6 +163,15 @@ def test_a_section_without_blocks_and_pictures_are_not_drawn() -> None:
 
 
 def test_a_page_is_drawn_line_by_line() -> None:
+    table = [
+        "| name | plain |",
+        "|---|---|",
+        "| plain | x |",
+        "| x | plain |",
+        "| plain | plain |",
+        "",
+        "And plain",
+    ]
     assert draw_markdown(make_page("plain")).splitlines() == [
         "# 1 edit in plain",
         "",
@@ -170,13 +179,7 @@ def test_a_page_is_drawn_line_by_line() -> None:
         "",
         "## Scores (plain)",
         "",
-        "| name | plain |",
-        "|---|---|",
-        "| plain | x |",
-        "| x | plain |",
-        "| plain | plain |",
-        "",
-        "And plain",
+        *table,
         "",
         "By plain.",
         "",
@@ -184,13 +187,7 @@ def test_a_page_is_drawn_line_by_line() -> None:
         "",
         "### Group plain",
         "",
-        "| name | plain |",
-        "|---|---|",
-        "| plain | x |",
-        "| x | plain |",
-        "| plain | plain |",
-        "",
-        "And plain",
+        *table,
         "",
         "And plain",
         "",

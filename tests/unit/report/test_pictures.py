@@ -119,6 +119,17 @@ def test_a_ring_is_before_and_a_dot_is_after() -> None:
         assert ("fill-opacity: 0" in use.attrib["style"]) is is_ring
 
 
+def test_an_interval_before_does_not_hide_the_one_after() -> None:
+    read = drawn(draw_shares("Scores", vars(BEFORE), SHARES))
+    first, second, *_ = (place for place, _ in read.axis("y").ticks)
+    ((_, after),), ((_, before),) = read.marks("after-0"), read.marks("before-0")
+    assert math.isclose(after, first, abs_tol=0.01)
+    assert math.isclose(before - after, 0.2 * (second - first), abs_tol=0.01)
+    [interval] = read.before("before-0")
+    assert {height for _, height in interval} == {before}
+    assert [height for _, height in read.line("change-0")] == [before, after]
+
+
 def test_rows_stand_in_the_order_of_the_names_beside_them() -> None:
     read = drawn(draw_shares("Scores", None, SHARES))
     places = [place for place, _ in read.axis("y").ticks]

@@ -17,6 +17,7 @@ from locft.report.words import (
     figure_text,
     one_line,
     seconds_text,
+    setting_text,
     some,
     verdict,
 )
@@ -222,6 +223,22 @@ def test_a_long_list_of_names_is_cut_with_its_length() -> None:
     assert some(["a"]) == "a"
     assert some(["a", "b", "c", "d"]) == "a, b, c, d"
     assert some([*"abcdefghijklm"]) == "a, b, c, d and 9 more"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.1 + 0.2, "0.3"),
+        (1 / 3, "0.3333"),
+        (2e-05, "2e-05"),
+        (20, "20"),
+        (True, "True"),
+        (None, "none"),
+        ("auto", "auto"),
+    ],
+)
+def test_settings_are_worded_for_people(value: object, shown: str) -> None:
+    assert setting_text(value) == shown
 
 
 def test_reports_are_imported_without_torch_and_without_what_draws() -> None:

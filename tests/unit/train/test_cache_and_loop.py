@@ -21,7 +21,8 @@ from locft.model.location import Location, resolve_location
 from locft.model.packing import Packed, merge_prefixes
 from locft.model.split import Split, split_model
 from locft.train import cache as cache_module
-from locft.train import defaults, loop, objective
+from locft.train import defaults, objective
+from locft.train import step as step_module
 from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine, choose_schedule
 from locft.train.loop import Engine, Schedule, Trained, fifths_of, train_breadth_first
@@ -539,7 +540,7 @@ def test_measuring_success_changes_nothing_that_is_trained(monkeypatch: pytest.M
     def nothing(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         return torch.zeros(int(rows[-1]) + 1)
 
-    monkeypatch.setattr(loop, "predicted_share", nothing)
+    monkeypatch.setattr(step_module, "predicted_share", nothing)
     unmeasured = train(make_model(tiny_llama_config()), **LEARNS, epochs=10)
     assert {epoch.success for epoch in unmeasured.epochs} == {(0.0,) * 5}
     assert losses(measured) == losses(unmeasured)
@@ -636,7 +637,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_place(
         loss = target_loss(*arguments)
         return loss + bad if now() else loss
 
-    monkeypatch.setattr(loop, "target_loss", spoilt)
+    monkeypatch.setattr(step_module, "target_loss", spoilt)
     with pytest.raises(TrainingError, match=f"stopped at {place}: the loss is not finite"):
         train(tiny_model, epochs=3)
     left_as_found(tiny_model)

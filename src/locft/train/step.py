@@ -1,0 +1,146 @@
+"""One step of training, the same for every method and every order of the examples."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from locft.errors import TrainingError
+from locft.model.split import Tail
+from locft.train.cache import Batch, PrefixCache
+from locft.train.objective import LossMean, predicted_share, target_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """What is trained.
+
+    Attributes:
+        parameters: The trained parameters, by name.
+        initial: Where they start from, by name, where the model holds them rounded to its own dtype; the
+            model's own values for those that are not named.
+        penalty: What is added to the loss, a scalar; None for nothing.
+        after_step: Called with the number of steps so far after each, while gradients are still there;
+            it may change the parameters. None for nothing.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+    penalty: Callable[[], Tensor] | None = None
+    after_step: Callable[[int], None] | None = None
+
+    @contextmanager
+    def alone(self, model: nn.Module) -> Iterator[None]:
+        """Let these parameters of a model, and no others, have gradients while the body runs."""
+        model.requires_grad_(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+class Stepper:
+    """Takes steps of Adam on examples whose frozen states are cached.
+
+    Each parameter has a float32 master copy, which Adam steps; the model computes with that copy
+    rounded to its own dtype, once it is known to be finite.
+
+    Args:
+        tail: What runs the model from the cached states on.
+        cache: The examples.
+        trainable: What is trained.
+        lr: Adam's learning rate.
+        loss_mean: How the loss is averaged over target tokens.
+    """
+
+    def __init__(
+        self, tail: Tail, cache: PrefixCache, trainable: Trainable, lr: float, loss_mean: LossMean
+    ) -> None:
+        self.cache = cache
+        self._tail = tail
+        self._trainable = trainable
+        self._loss_mean = loss_mean
+        self._masters = {
+            name: trainable.initial.get(name, parameter)
+            .detach()
+            .to(parameter.device, torch.float32, copy=True)
+            for name, parameter in trainable.parameters.items()
+        }
+        # Fused: one pass over each matrix instead of one for every term of the update.
+        self._optimizer = torch.optim.Adam(self._masters.values(), lr=lr, fused=True)
+        self.num_steps = 0
+
+    def step(self, indices: Sequence[int], place: str) -> tuple[float, Tensor]:
+        """Take a step.
+
+        Args:
+            indices: The examples of the batch.
+            place: Where training is, for error messages.
+
+        Returns:
+            The loss before the step, in nats, and the share (B,) of each example's target tokens that
+            was predicted right before it.
+
+        Raises:
+            TrainingError: The loss, a gradient or a weight is not finite.
+        """
+        batch = self.cache.batch(indices)
+        logits = self._logits(batch)
+        loss = target_loss(logits, batch.labels, batch.rows, self._loss_mean)
+        value = loss.item()
+        success = predicted_share(logits.detach(), batch.labels, batch.rows)
+        _require_finite("loss", torch.tensor(value), place)
+        if self._trainable.penalty is not None:
+            loss = loss + self._trainable.penalty()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in self._trainable.parameters.items():
+            if parameter.grad is None:
+                continue  # no loss depends on it: an expert's bias for load balancing, say
+            _require_finite(f"gradient of {name}", parameter.grad, place)
+            self._masters[name].grad = parameter.grad.float()
+            if self._trainable.after_step is None:
+                parameter.grad = None  # no copy of it is needed
+        self._optimizer.step()
+        self.num_steps += 1
+        for name, master in self._masters.items():
+            _require_finite(f"weight {name}", master, place)
+        self._put(self._trainable.parameters, self._masters)
+        if self._trainable.after_step is not None:
+            self._trainable.after_step(self.num_steps)
+            self._put(self._masters, self._trainable.parameters)
+        for name, parameter in self._trainable.parameters.items():
+            parameter.grad = self._masters[name].grad = None
+        return value, success
+
+    def success(self, indices: Sequence[int]) -> Tensor:
+        """Give the share (B,) of each example's target tokens that is predicted right now."""
+        batch = self.cache.batch(indices)
+        with torch.no_grad():
+            return predicted_share(self._logits(batch), batch.labels, batch.rows)
+
+    def values(self) -> dict[str, Tensor]:
+        """Copy the trained parameters in float32, on the CPU, by name."""
+        return {name: master.detach().clone().cpu() for name, master in self._masters.items()}
+
+    @staticmethod
+    def _put(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                into[name].copy_(value)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self._tail(batch.packed, batch.hidden, batch.asked)
+
+
+def _require_finite(what: str, tensor: Tensor, place: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise TrainingError(
+            f"training stopped at {place}: the {what} is not finite, and no patch was written. Try "
+            "a lower learning rate (--lr), or --dtype float32"
+        )
