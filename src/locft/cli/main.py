@@ -15,7 +15,7 @@ from locft.cli.say import print_json, print_lines, say
 from locft.config import RunConfig, read_config, with_settings
 from locft.errors import ConfigError, InputError, LocftError, first_line, printable
 from locft.publish import refuse_taken
-from locft.report.words import PROTOCOL_SCORES, change_text
+from locft.report.words import PROTOCOL_SCORES, change_text, some
 from locft.types import Edit, Figure
 
 # Recipes are imported where they are called: torch takes seconds to load, and --help, lint and apply
@@ -293,17 +293,15 @@ def _convert(words: argparse.Namespace) -> int:
 
 def _report(words: argparse.Namespace) -> int:
     from locft.recipe.reporting import compare_runs, redraw
-    from locft.recipe.run_folder import read_run
 
     if words.output is not None:
         refuse_taken(Path(words.output))
     if len(words.runs) == 1:
-        [folder] = words.runs
-        files = redraw(folder, words.output)
+        redrawn, files = redraw(words.runs[0], words.output, say=say)
         if words.json:
-            print_json(asdict(read_run(Path(folder)).report))
+            print_json(asdict(redrawn))
         else:
-            say(f"wrote {' and '.join(map(str, files))}")
+            say(f"wrote {some(list(map(str, files)))}")
         return 0
     report, page = compare_runs(words.runs, words.output)
     if words.json:
@@ -315,6 +313,14 @@ def _report(words: argparse.Namespace) -> int:
     if words.output is not None:
         say(f"wrote {Path(words.output) / 'report.html'}, with report.md and report.json")
     return 0
+
+
+def _study(words: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from locft.cli import study
+
+    done: int = getattr(study, f"run_{words.study}")(words, _config(words))
+    return done
 
 
 def _bench(words: argparse.Namespace) -> int:
@@ -333,6 +339,7 @@ _COMMANDS = {
     **{name: _patches(name) for name in ("apply", "stack", "revert", "status", "inspect", "diff")},
     "export": _export,
     "report": _report,
+    "study": _study,
     "bench": _bench,
     "convert": _convert,
 }

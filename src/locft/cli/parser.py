@@ -10,6 +10,7 @@ from locft.config import choices_of, parse_setting, settings
 from locft.data.contexts import CONTEXTS
 from locft.errors import ConfigError, printable
 from locft.report.words import PROTOCOL_SCORES
+from locft.study.plans import LocationsPlan, PipelinesPlan
 
 _MODEL_HELP = "a Hugging Face id, a local model folder, or `demo` (SmolLM2-135M-Instruct, embedded)"
 _EDITS_HELP = "edits: a JSONL, JSON or CSV file, or `demo` (60 facts that come with locft)"
@@ -91,6 +92,24 @@ examples:
 
 An edited model answers many prompts as was guessed, an unedited one few. The exit status is 1 if an
 answer or a score differs.
+"""
+_LOCATIONS_EPILOG = """\
+examples:
+  locft study locations demo facts.jsonl -o locations
+  locft study locations demo facts.jsonl -o locations --layers 18-24 --modules mlp,mlp.down
+
+Each location is trained on the same edits and scored. Trials are kept as they are done: the same command
+goes on where it was cut short, and one with more layers or modules does what is missing.
+"""
+_PIPELINES_EPILOG = """\
+examples:
+  locft study pipelines demo facts.jsonl -o pipelines
+  locft study pipelines demo facts.jsonl -o pipelines --methods ft-m --batches 1,20,100 --seeds 0
+  locft study pipelines demo facts.jsonl -o pipelines --set lora.rank=16 --set lora.lr=0.002
+
+Depth-first trains each edit until it is learnt, and then the next, in a single pass; breadth-first goes
+through all of them in every epoch. Trials are kept as they are done: the same command goes on where it
+was cut short, and one with more methods, batches or seeds does what is missing.
 """
 _PLACES = """\
 Give either -o DIR or --in-place. Either keeps what is needed to go back: `locft revert` restores every
@@ -314,6 +333,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_json(report, "print the report, or the comparison, as JSON on stdout")
 
+    study = _command(commands, "study", "repeat the paper's controlled experiments on any model", "")
+    _add_studies(study)
+
     bench = _command(commands, "bench", "measure locft on this machine", "")
     _add_benchmarks(bench)
 
@@ -391,6 +413,64 @@ def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     scoring.add_argument("-o", "--output", metavar="DIR", help="folder to make, with scoring.json")
     _add_json(scoring, "print the measurements as JSON on stdout instead of a table")
     _add_settings(scoring, {"machine", "model"}, ("format",))
+
+
+def _add_studies(study: argparse.ArgumentParser) -> None:
+    """Add the studies, each a command of its own below `study`."""
+    studies = study.add_subparsers(dest="study", metavar="STUDY", required=True)
+    locations = _command(
+        studies, "locations", "train at each layer and module in turn", _LOCATIONS_EPILOG
+    )
+    ground = LocationsPlan()
+    _add_study(locations, ground.num_edits, ground.num_passages, ("batch_size", "seed"))
+    locations.add_argument(
+        "--layers",
+        type=_layers,
+        default=(),
+        metavar="A,B",
+        help="layers, from 0, or A-B for all from A to B (default: every third, and the last)",
+    )
+    _add_list(locations, "modules", _names, ground.modules, "modules of each layer")
+
+    pipelines = _command(
+        studies, "pipelines", "train depth-first and breadth-first by several methods", _PIPELINES_EPILOG
+    )
+    plan = PipelinesPlan()
+    _add_study(pipelines, plan.num_edits, plan.num_passages, ("location",))
+    _add_list(pipelines, "methods", _names, plan.methods, "methods to compare")
+    _add_list(pipelines, "batches", _counts, plan.batches, "edits per step, breadth-first")
+    _add_list(pipelines, "seeds", _seeds, plan.seeds, "each an order of the edits, a trial of its own")
+    pipelines.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_method_setting,
+        metavar="METHOD.KEY=VALUE",
+        help="a method's own setting, such as lora.rank=16 or full.lr=0.0001",
+    )
+
+
+def _add_study(
+    parser: argparse.ArgumentParser, num_edits: int, num_passages: int, own: Iterable[str]
+) -> None:
+    """Add what all studies have in common; `own` names more settings."""
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("edits", metavar="EDITS", help=_EDITS_HELP)
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder of the study")
+    _add_count(parser, "num-edits", num_edits, "how many edits to take, from the first on")
+    _add_count(parser, "passages", num_passages, "passages of neutral text to measure drift on")
+    _add_json(parser, "print the report as JSON on stdout instead of tables")
+    also = ("format", "lr", "epochs", "stop_loss", "loss_mean", "on_conflict", "drift_text")
+    _add_settings(parser, {"machine", "model"}, (*also, *own))
+
+
+def _add_list(
+    parser: argparse.ArgumentParser, flag: str, kind: Any, default: Sequence[object], what: str
+) -> None:
+    shown = ",".join(map(str, default))
+    parser.add_argument(
+        f"--{flag}", type=kind, default=tuple(default), metavar="A,B", help=f"{what} (default: {shown})"
+    )
 
 
 def _add_subject(parser: argparse.ArgumentParser, default_edits: str) -> None:
@@ -515,6 +595,35 @@ def _points(text: str) -> float:
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(_count, _names(text)))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    if not text or not all(part.isdecimal() for part in _names(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers of 0 or more, as 0,1,2")
+    return tuple(map(int, _names(text)))
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    layers: list[int] = []
+    for part in _names(text):
+        first, is_range, last = part.partition("-")
+        if not first.isdecimal() or (is_range and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected layers, from 0, as 0,3,6 or 18-24")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
+
+
+def _method_setting(text: str) -> tuple[str, str, Any]:
+    place, is_given, value = text.partition("=")
+    method, _, key = place.partition(".")
+    if not (is_given and method and key and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected METHOD.KEY=VALUE, as lora.rank=16")
+    for kind in (int, float):
+        try:
+            return method, key, kind(value)
+        except ValueError:
+            continue
+    return method, key, value
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -81,13 +81,32 @@ class Split:
         Returns:
             (N, ...) the hidden states that enter the split's layer, usually of shape (N, D), detached.
         """
+        return self._run_until(self.layer, packed)
+
+    def advance(self, packed: Packed, hidden: Tensor, layer: int) -> Tensor:
+        """Run the layers from the split on, up to another layer.
+
+        Args:
+            packed: Token sequences, on the model's device.
+            hidden: (N, ...) what `prefix` gave for them.
+            layer: The layer to stop at; above the split's.
+
+        Returns:
+            (N, ...) the hidden states that enter that layer, detached.
+        """
+        with ExitStack() as undo:
+            self._enter(undo, {"hidden": self._unpacked(packed, hidden)})
+            return self._run_until(layer, packed)
+
+    def _run_until(self, layer: int, packed: Packed) -> Tensor:
+        """Run the model up to what enters a layer."""
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kept.append((args[0] if args else kwargs["hidden_states"]).detach())
             raise _PrefixDoneError
 
-        handle = self.layers.modules[self.layer].register_forward_pre_hook(keep, with_kwargs=True)
+        handle = self.layers.modules[layer].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             with torch.no_grad(), self._laid_out(packed) as inputs:
                 self.model(**inputs, use_cache=False)
@@ -96,6 +115,26 @@ class Split:
         finally:
             handle.remove()
         return kept[0][0] if self._is_packed(packed) else kept[0].flatten(0, 1)[packed.home]
+
+    def _unpacked(self, packed: Packed, hidden: Tensor) -> Tensor:
+        """Lay hidden states out as the model's layers take them."""
+        return hidden.unsqueeze(0) if self._is_packed(packed) else hidden[packed.grid]
+
+    def _enter(self, undo: ExitStack, state: dict[str, Tensor]) -> None:
+        """Let the split's layer receive `state["hidden"]`, whatever comes from below."""
+
+        def put_in(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (state["hidden"], *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": state["hidden"]}
+
+        below = self.layers.modules[: self.layer]
+        for layer, length in zip(below, self.tuple_lengths, strict=False):
+            replace_forward(undo, layer, _pass_through(length))
+        first = self.layers.modules[self.layer]
+        undo.callback(first.register_forward_pre_hook(put_in, with_kwargs=True).remove)
 
     @contextmanager
     def tail(
@@ -117,20 +156,13 @@ class Split:
         """
         state: dict[str, Tensor] = {}
 
-        def put_in(
-            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (state["hidden"], *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": state["hidden"]}
-
         def run(packed: Packed, hidden: Tensor, asked: Tensor) -> Tensor:
             num_asked = len(asked)
             is_packed = self._is_packed(packed)
             if in_bfloat16:
                 packed, hidden = packed.round_up(_NODES_MULTIPLE), round_up(hidden, _NODES_MULTIPLE)
                 asked = round_up(asked, _ASKED_MULTIPLE)
-            state["hidden"] = hidden.unsqueeze(0) if is_packed else hidden[packed.grid]
+            state["hidden"] = self._unpacked(packed, hidden)
             places = asked if is_packed else packed.home[asked]
             # Distinct, since sequences may ask the same node.
             state["places"] = torch.unique(places)
@@ -141,8 +173,7 @@ class Split:
                 return logits_at(self.model, rows, columns, **inputs)[:num_asked]
 
         with ExitStack() as undo:
-            first = 0 if from_tokens else self.layer
-            tail, below = self.layers.modules[first:], self.layers.modules[:first]
+            tail = self.layers.modules[0 if from_tokens else self.layer :]
             if in_bfloat16:
                 head = self.model.get_output_embeddings()
                 undo.enter_context(bfloat16_products((*tail, head), rounded=head))
@@ -153,11 +184,8 @@ class Split:
                     # Sequences have any length, and another one must not compile anew.
                     compiled_forward = torch.compile(layer.forward, backend=compiled, dynamic=True)
                     replace_forward(undo, layer, compiled_forward)
-            for layer, length in zip(below, self.tuple_lengths, strict=False):
-                replace_forward(undo, layer, _pass_through(length))
             if not from_tokens:
-                handle = tail[0].register_forward_pre_hook(put_in, with_kwargs=True)
-                undo.callback(handle.remove)
+                self._enter(undo, state)
             try:
                 yield run
             finally:

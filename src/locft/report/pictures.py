@@ -40,6 +40,7 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _MOST_MARKED = 30  # epochs that get a mark each
 _MOST_ROWS = 40  # tables have them all
 _LABEL_CHARS = 24
+_DARKEST = 0.55  # of the accent
 _APART = 0.2  # rows between two intervals that would hide each other
 _HIGHEST = 1e15  # threshold that can be drawn
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -401,6 +402,51 @@ def draw_courses(
         for name, course in found
     ]
     return _finish(drawing, title, ". ".join(parts))
+
+
+@_styled
+def draw_heat_map(
+    title: str, values: Mapping[tuple[str, str], float | None], form: str
+) -> Picture | None:
+    """Draw a value over rows and columns, with its figure in every cell; the highest is the darkest.
+
+    Args:
+        title: What it is, with its unit.
+        values: The value by row and column; None, or nothing, where it was not measured.
+        form: How figures are written, as `format` takes it.
+
+    Returns:
+        The picture; None where nothing was measured.
+    """
+    from matplotlib.patches import Rectangle
+
+    found = {place: value for place, value in values.items() if value is not None}
+    if not found:
+        return None
+    rows = list(dict.fromkeys(row for row, _ in values))[:_MOST_ROWS]
+    columns = list(dict.fromkeys(column for _, column in values))[:_MOST_ROWS]
+    low, high = min(found.values()), max(found.values())
+    drawing, axes = _canvas(0.7 + 0.26 * len(rows))
+    parts = []
+    for (row, column), value in found.items():
+        if row not in rows or column not in columns:
+            continue
+        x, y = columns.index(column), rows.index(row)
+        # Never so dark that the figure on it cannot be read.
+        shade = _DARKEST * (value - low) / (high - low) if high > low else 0.0
+        axes.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_ACCENT, alpha=shade, gid=f"cell-{y}-{x}")
+        )
+        axes.annotate(format(value, form), (x, y), ha="center", va="center", fontsize=8)
+        parts.append(f"{row} {column} {format(value, form)}")
+    axes.set_xticks(range(len(columns)), [_label(column) for column in columns])
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.xaxis.tick_top()
+    axes.set_ylabel("layer")
+    axes.grid(visible=False)
+    return _finish(drawing, title, f"{title} by layer and module: {', '.join(parts)}")
 
 
 def _canvas(height_in: float) -> tuple["Drawing", "Axes"]:

@@ -7,8 +7,8 @@ any part of it and read it again, and it is gone when the process ends, however 
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,24 +108,57 @@ def build_cache(split: Split, examples: Sequence[Encoded], folder: Path | None =
     Raises:
         InputError: The disk has no room for it.
     """
-    device = next(split.model.parameters()).device
     tree = merge_prefixes([example.ids[:-1] for example in examples])
     targets = [example.ids[example.target_start :] for example in examples]
     starts = np.zeros(len(examples) + 1, dtype=np.int64)
     starts[1:] = np.cumsum([len(tokens) for tokens in targets])
     labels = np.fromiter((token for tokens in targets for token in tokens), np.int32, starts[-1])
+    device = next(split.model.parameters()).device
+    hidden = _run_over(tree, folder, lambda packed, _: split.prefix(packed.to(device)))
+    page_out(split.model.parameters())  # the frozen layers are done with
+    return PrefixCache(tree, hidden, labels, starts, device)
+
+
+def advance_cache(
+    cache: PrefixCache, split: Split, layer: int, folder: Path | None = None
+) -> PrefixCache:
+    """Run the layers between two tuned layers over all examples, not all of them from the first on.
+
+    Args:
+        cache: The examples, with what enters the split's layer.
+        split: The model, split at that layer, with the weights that it had then.
+        layer: The other layer, above.
+        folder: Where the file may lie; the system's folder for temporary files if None.
+
+    Returns:
+        A cache of the same examples, with what enters the other layer.
+
+    Raises:
+        InputError: The disk has no room for it.
+    """
+
+    def run(packed: Packed, nodes: np.ndarray) -> Tensor:
+        states = cache.hidden[torch.from_numpy(nodes)]
+        return split.advance(packed.to(cache.device), states.to(cache.device), layer)
+
+    return replace(cache, hidden=_run_over(cache.tree, folder, run))
+
+
+def _run_over(
+    tree: PrefixTree, folder: Path | None, run: Callable[[Packed, np.ndarray], Tensor]
+) -> Tensor:
+    """Run layers over all examples, in passes, and keep what comes out for each node of their tree."""
     hidden: Tensor | None = None
-    with progress("caching the frozen layers", len(examples), "edits") as step:
+    with progress("caching the frozen layers", len(tree.order), "edits") as step:
         for indices in passes_of(tree):
             packed, nodes = tree.pack(indices)
-            states = split.prefix(packed.to(device)).cpu()
+            states = run(packed, nodes).cpu()
             if hidden is None:
                 hidden = _mapped((len(tree.tokens), *states.shape[1:]), states.dtype, folder)
             hidden[torch.from_numpy(nodes)] = states
             step(len(indices))
     assert hidden is not None  # there is one example at least
-    page_out(split.model.parameters())  # the frozen layers are done with
-    return PrefixCache(tree, hidden, labels, starts, device)
+    return hidden
 
 
 def passes_of(tree: PrefixTree) -> Iterator[list[int]]:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,18 @@ from locft.model.split import Split, split_model
 from locft.train import cache as cache_module
 from locft.train import defaults, objective
 from locft.train import step as step_module
-from locft.train.cache import PrefixCache, build_cache
+from locft.train.cache import PrefixCache, advance_cache, build_cache
 from locft.train.defaults import choose_engine, choose_schedule
-from locft.train.loop import Engine, Schedule, Trained, fifths_of, train_breadth_first
+from locft.train.loop import (
+    Engine,
+    Schedule,
+    Trained,
+    fifths_of,
+    run_depth_first,
+    train_breadth_first,
+)
 from locft.train.objective import LossMean, predicted_share, target_loss
+from locft.train.step import Stepper, Trainable
 from locft.types import Edit, Epoch
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -800,3 +809,75 @@ def test_losses_in_bfloat16_products_follow_those_in_float32() -> None:
     assert rounded == pytest.approx(exact, rel=0.02)
     assert rounded[-1] < rounded[0]
     assert all(trained.matrices[DOWN].dtype == torch.float32 for trained in found)
+
+
+# Depth-first
+
+
+def test_depth_first_trains_each_edit_until_it_is_learnt_and_never_again(
+    tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    take = Stepper.step
+
+    def note(self: Stepper, indices: Sequence[int], place: str) -> tuple[float, Tensor]:
+        steps.extend(indices)
+        return take(self, indices, place)
+
+    monkeypatch.setattr(Stepper, "step", note)
+    split, location, cache = prepare(tiny_model, "0")
+    names = location.parameters
+    trainable = Trainable(parameters={name: tiny_model.get_parameter(name) for name in names})
+    with trainable.alone(tiny_model), split.tail() as tail:
+        stepper = Stepper(tail, cache, trainable, 0.01, "sample")
+        parts = run_depth_first(stepper, schedule(epochs=30, stop_loss=5.32))
+    assert steps == sorted(steps)
+    taken = [steps.count(index) for index in range(len(EXAMPLES))]
+    assert all(1 <= count <= 30 for count in taken)
+    assert len(set(taken)) > 1
+    assert sum(part.steps for part in parts) == sum(taken) == stepper.num_steps
+    assert [part.epoch for part in parts] == list(range(1, len(EXAMPLES) + 1))
+    for part, count in zip(parts, taken, strict=True):
+        assert part.loss < 5.32 or count == 30
+    assert parts[-1].success == pytest.approx(
+        in_fifths([sum(r) / len(r) for r in shares_of(tiny_model)])
+    )
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_depth_first_names_the_edit_at_which_it_stopped(
+    tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    def spoilt(logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:
+        loss = target_loss(logits, labels, *rest)
+        return loss * math.nan if labels.tolist() == list(EXAMPLES[bad].ids[LENGTHS[bad][0] :]) else loss
+
+    monkeypatch.setattr(step_module, "target_loss", spoilt)
+    split, _, cache = prepare(tiny_model)
+    trainable = Trainable(parameters={DOWN: tiny_model.get_parameter(DOWN)})
+    with (
+        trainable.alone(tiny_model),
+        split.tail() as tail,
+        pytest.raises(TrainingError, match=f"stopped at edit {bad + 1} of 7, step 1: the loss"),
+    ):
+        run_depth_first(Stepper(tail, cache, trainable, 0.01, "sample"), schedule(epochs=2))
+
+
+# A cache that goes on
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_cache_that_goes_on_is_one_that_was_built(
+    tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, low: int, high: int, is_packed: bool
+) -> None:
+    monkeypatch.setattr(cache_module, "TOKENS_PER_PASS", 24)  # beginnings are shared between passes
+    examples = (*EXAMPLES, *(replace(one, ids=(*one.ids[:2], 9, *one.ids[2:])) for one in EXAMPLES))
+    splits = [split_model(tiny_model, layer) for layer in (low, high)]
+    if not is_packed:
+        splits = [replace(split, longest_packed=0) for split in splits]
+    went_on = advance_cache(build_cache(splits[0], examples), splits[0], high)
+    built = build_cache(splits[1], examples)
+    assert torch.allclose(went_on.hidden, built.hidden, atol=1e-6)
+    assert went_on.num_examples == built.num_examples
+    left_as_found(tiny_model)

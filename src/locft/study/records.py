@@ -1,0 +1,135 @@
+"""What a study keeps: what it is about, and a record of each trial."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from locft.report.schema import EditsInfo, Environment, ModelInfo, Protocol
+from locft.types import Figure, Kind
+
+STUDY_VERSION = 1
+Pipeline = Literal["depth-first", "breadth-first"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training and its scores, among those of a study: everything that may differ between two.
+
+    Attributes:
+        method: Name of the method.
+        settings: The method's own settings.
+        location: The tuning location, resolved; None for methods that have none.
+        pipeline: ``depth-first`` (each edit until it is learnt, then the next, in a single pass) or
+            ``breadth-first`` (epochs over all edits).
+        batch_size: Edits per step.
+        lr: Adam's learning rate.
+        seed: Names the order of the edits, and whatever else is random.
+        num_edits: How many edits, from the first of the file on.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    location: str | None
+    pipeline: Pipeline
+    batch_size: int
+    lr: float
+    seed: int
+    num_edits: int
+
+    @property
+    def name(self) -> str:
+        """Name it on one line."""
+        where = "" if self.location is None else f" at {self.location}"
+        return f"{self.method}{where}, {self.pipeline}, batch {self.batch_size}, seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """How far the edits were learnt at a moment of training.
+
+    Attributes:
+        done: The share of the training that was done by then: of the edits that were gone through,
+            depth-first; of the epochs that were taken, breadth-first.
+        success: For each fifth of the edits, in the order in which depth-first goes through them, the
+            mean share of target tokens that are predicted right, the true ones before them given.
+    """
+
+    done: float
+    success: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """What came of a trial: a line of `trials.jsonl`.
+
+    Attributes:
+        trial: The trial.
+        failure: Why training could not go on, and there are no scores; None if it did.
+        before: The unedited model's scores, by name.
+        scores: Scores after all edits, by name, drift included.
+        right: Of each kind of prompt, in order, ``1`` where it was answered as expected, else ``0``.
+        course: How far the edits were learnt while training went on.
+        num_parameters: How many numbers were trained.
+        num_steps: How many steps were taken.
+        final_loss: Mean loss when training ended, in nats.
+        cache_s: The frozen layers, once.
+        train_s: Training.
+        eval_s: Scoring.
+        seconds_per_edit: Frozen layers and training, over the number of edits.
+    """
+
+    trial: Trial
+    failure: str | None = None
+    before: dict[str, Figure]
+    scores: dict[str, Figure]
+    right: dict[Kind, str]
+    course: tuple[Moment, ...]
+    num_parameters: int
+    num_steps: int
+    final_loss: float | None
+    cache_s: float
+    train_s: float
+    eval_s: float
+    seconds_per_edit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topic:
+    """What all trials of a study have in common; trials of different ones do not compare.
+
+    Attributes:
+        version: Of these records.
+        study: Name of the study.
+        model: The model.
+        edits: The edits' file and hash.
+        settings: The settings that all trials share.
+        protocol: How scores were taken.
+        drift_text_sha256: Hash of the neutral text.
+        num_passages: How many of its passages drift was measured on.
+    """
+
+    version: int
+    study: str
+    model: ModelInfo
+    edits: EditsInfo
+    settings: dict[str, Any]
+    protocol: Protocol
+    drift_text_sha256: str
+    num_passages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyReport:
+    """The report of a study.
+
+    Attributes:
+        kind: That it is one.
+        topic: What all trials have in common.
+        trials: What came of each trial.
+        environment: Where the last of them was done.
+    """
+
+    kind: Literal["study"] = "study"
+    topic: Topic
+    trials: tuple[TrialResult, ...]
+    environment: Environment

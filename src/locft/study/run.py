@@ -1,0 +1,257 @@
+"""Does the trials of a study one after the other, keeping each as soon as it is done."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from locft.config import RunConfig
+from locft.data.gather import check_tokens, gather_edits, say_warnings
+from locft.errors import ConfigError, InputError, TrainingError
+from locft.evaluation.drift import NeutralText, read_neutral_text
+from locft.evaluation.protocols import locft
+from locft.evaluation.subject import Subject, load_subject
+from locft.methods import Method
+from locft.model.load import context_tokens
+from locft.model.location import resolve_location
+from locft.model.split import split_model
+from locft.provenance import describe_edits, describe_environment, describe_model, describe_protocol
+from locft.recipe.run_folder import draw
+from locft.report.page import Page
+from locft.report.words import seconds_text
+from locft.study.records import STUDY_VERSION, StudyReport, Topic, Trial, TrialResult
+from locft.study.store import open_store
+from locft.study.trial import Bench, CacheOf, attach, run_trial, set_up
+from locft.train.cache import build_cache
+from locft.train.defaults import choose_schedule
+from locft.train.loop import Schedule
+from locft.types import Edit
+
+# What trials differ by, or what has no part in them.
+_NOT_SHARED = ("lr", "batch_size", "seed", "location", "eval_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """A model and edits, ready for trials.
+
+    Attributes:
+        topic: What all trials have in common.
+        subject: The model.
+        edits: The edits.
+        text: What drift is measured on.
+        config: The settings.
+    """
+
+    topic: Topic
+    subject: Subject
+    edits: tuple[Edit, ...]
+    text: NeutralText
+    config: RunConfig
+
+
+def prepare(
+    study: str,
+    model: str,
+    edits: str | Path | Sequence[Edit],
+    num_edits: int,
+    num_passages: int,
+    config: RunConfig,
+    say: Callable[[str], None],
+) -> Ground:
+    """Read the edits and load the model of a study.
+
+    Args:
+        study: Name of the study.
+        model: The model.
+        edits: The edits' file, or the edits.
+        num_edits: How many of them to take, from the first on.
+        num_passages: How many passages of neutral text to measure drift on.
+        config: The settings.
+        say: Called with a line at each step.
+
+    Returns:
+        The ground of its trials.
+
+    Raises:
+        InputError: The edits or the model cannot be used.
+    """
+    text = first_passages(read_neutral_text(config.drift_text), num_passages)
+    gathered = gather_edits(edits, config.on_conflict)
+    if len(gathered.edits) < num_edits:
+        raise InputError(
+            f"{len(gathered.edits):,} edits, and {num_edits:,} are asked for: give more, or ask for "
+            "fewer with --num-edits"
+        )
+    gathered = replace(gathered, edits=gathered.edits[:num_edits])
+    say(f"loading {model}")
+    subject = load_subject(model, config)
+    warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
+    say_warnings(gathered, warnings, say)
+    shared = {name: value for name, value in asdict(config).items() if name not in _NOT_SHARED}
+    topic = Topic(
+        version=STUDY_VERSION,
+        study=study,
+        model=describe_model(subject.loaded),
+        edits=describe_edits(gathered, len(warnings)),
+        settings=shared,
+        protocol=describe_protocol(locft.PROTOCOL, config.format),
+        drift_text_sha256=text.sha256,
+        num_passages=len(text.passages),
+    )
+    return Ground(topic=topic, subject=subject, edits=gathered.edits, text=text, config=config)
+
+
+def first_passages(text: NeutralText, num: int) -> NeutralText:
+    """Take some passages of a text: the first of each kind, then the second of each, and so on."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for number, passage in enumerate(text.passages):
+        seen[passage.kind] = rank = seen.get(passage.kind, 0) + 1
+        ranked.append((rank, number))
+    taken = sorted(number for _, number in sorted(ranked)[:num])
+    return replace(text, passages=tuple(text.passages[number] for number in taken))
+
+
+def choose_lr(ground: Ground, method: Method, location_name: str, given: float | None = None) -> float:
+    """Choose a method's learning rate: the one that is given, its own, or the rule for a location."""
+    if given is not None:
+        return given
+    if ground.config.lr != "auto":
+        return ground.config.lr
+    if method.lr != "auto":
+        return method.lr
+    network = ground.subject.loaded.model
+    location = resolve_location(network, location_name)
+    shapes = [network.get_parameter(name).shape for name in location.parameters]
+    return choose_schedule(ground.config, 1, shapes).lr
+
+
+def _schedule_of(trial: Trial, config: RunConfig) -> Schedule:
+    own = replace(config, batch_size=trial.batch_size, lr=trial.lr, seed=trial.seed)
+    return choose_schedule(own, trial.num_edits, [(1, 1)])  # shapes decide on the learning rate alone
+
+
+def settings_of(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a method's settings together.
+
+    Raises:
+        ConfigError: It has no such setting, or the value is of another type.
+    """
+    for name, value in given.items():
+        if name not in method.settings:
+            known = ", ".join(("lr", *method.settings))
+            raise ConfigError(f"method {method.name} has no setting {name!r}: expected one of {known}")
+        if type(value) is not type(method.settings[name]):
+            kind = type(method.settings[name]).__name__
+            raise ConfigError(f"setting {method.name}.{name} is {value!r}: expected {kind}")
+    return {**method.settings, **given}
+
+
+def run_trials(
+    ground: Ground,
+    trials: Sequence[Trial],
+    output: Path,
+    describe: Callable[[StudyReport], Page],
+    say: Callable[[str], None],
+    *,
+    cache_of: CacheOf = build_cache,
+    weight: Callable[[Trial], float] = lambda _: 1.0,
+) -> tuple[StudyReport, Page]:
+    """Do those trials that are not done yet, and write the report of all.
+
+    Args:
+        ground: A model and edits.
+        trials: The trials, in the order in which they are done and shown.
+        output: The study's folder.
+        describe: Makes the page of a report.
+        say: Called with a line at each step.
+        cache_of: Gives the cached states of a trial's examples.
+        weight: How long a trial takes, beside others; tells the time that is left.
+
+    Returns:
+        The report, and its page.
+
+    Raises:
+        InputError: The folder cannot be used.
+    """
+    with open_store(output, ground.topic) as store:
+        missing = [trial for trial in trials if store.find(trial) is None]
+        if len(missing) < len(trials):
+            say(f"{len(trials) - len(missing):,} of {len(trials):,} trials are done already")
+        if missing:
+            _try_methods(ground, missing)
+            say("asking the unedited model")
+            bench = set_up(ground.subject, ground.edits, ground.text, ground.config)
+            for result in _run(bench, ground, missing, say, cache_of, weight):
+                store.add(result)
+        found = [store.find(trial) for trial in trials]
+        report = StudyReport(
+            topic=ground.topic,
+            trials=tuple(result for result in found if result is not None),
+            environment=describe_environment(ground.subject.loaded.model.device),
+        )
+        page = describe(report)
+        store.write({**draw(page), "report.json": _to_bytes(report)})
+    return report, page
+
+
+def _try_methods(ground: Ground, missing: Sequence[Trial]) -> None:
+    """Refuse methods that cannot edit this model, before anything is trained.
+
+    Raises:
+        ModelError: A method cannot edit it.
+        MissingExtraError: A method needs what is not installed.
+    """
+    for trial in {trial.method: trial for trial in missing}.values():
+        with attach(ground.subject, trial, _schedule_of(trial, ground.config)) as tuning:
+            split_model(ground.subject.loaded.model, tuning.layer)
+
+
+def _run(
+    bench: Bench,
+    ground: Ground,
+    missing: Sequence[Trial],
+    say: Callable[[str], None],
+    cache_of: CacheOf,
+    weight: Callable[[Trial], float],
+) -> Iterator[TrialResult]:
+    began = time.perf_counter()
+    done = 0.0
+    for number, trial in enumerate(missing):
+        left = ""
+        if done:
+            rest = sum(weight(one) for one in missing[number:])
+            left = f"; about {seconds_text((time.perf_counter() - began) / done * rest)} left"
+        say(f"trial {number + 1:,} of {len(missing):,}: {trial.name}{left}")
+        try:
+            yield run_trial(bench, trial, _schedule_of(trial, ground.config), cache_of)
+        except TrainingError as error:
+            say(f"it failed: {error}")
+            yield _failed(trial, str(error))
+        done += weight(trial)
+
+
+def _to_bytes(report: StudyReport) -> bytes:
+    text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
+
+
+def _failed(trial: Trial, failure: str) -> TrialResult:
+    return TrialResult(
+        trial=trial,
+        failure=failure,
+        before={},
+        scores={},
+        right={},
+        course=(),
+        num_parameters=0,
+        num_steps=0,
+        final_loss=None,
+        cache_s=0.0,
+        train_s=0.0,
+        eval_s=0.0,
+        seconds_per_edit=0.0,
+    )

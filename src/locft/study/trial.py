@@ -1,0 +1,209 @@
+"""One trial: a model trained by a method, in some order of the edits, and scored."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from locft.config import RunConfig
+from locft.data.encode import Encoded
+from locft.evaluation.drift import NeutralText
+from locft.evaluation.measure import Way, measure_model, measure_unedited, record_answers
+from locft.evaluation.protocols import locft
+from locft.evaluation.scoring import Item, Result, guesses_for, items_of
+from locft.evaluation.subject import Reader, Subject, drift_of_values
+from locft.methods import METHODS, Plan, Tuning
+from locft.model.split import Split, split_model
+from locft.model.weights import swapped_in
+from locft.provenance import Stopwatch, describe_scores
+from locft.report.schema import ProtocolScores
+from locft.study.records import Moment, Trial, TrialResult
+from locft.train.cache import PrefixCache, advance_cache, build_cache
+from locft.train.defaults import choose_engine
+from locft.train.loop import Schedule, run_breadth_first, run_depth_first
+from locft.train.step import Stepper
+from locft.types import KINDS, Edit, Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What trials are done with.
+
+    Attributes:
+        subject: The model, unedited between trials.
+        edits: The edits.
+        text: What drift is measured on.
+        config: The settings that all trials share.
+        way: How answers are scored.
+        items: What is scored, with the unedited model's answers where they are the standard.
+        before: What the unedited model makes of them.
+    """
+
+    subject: Subject
+    edits: tuple[Edit, ...]
+    text: NeutralText
+    config: RunConfig
+    way: Way
+    items: Sequence[Item]
+    before: Sequence[Result]
+
+    def score(self, after: Sequence[Result]) -> tuple[dict[Kind, str], ProtocolScores]:
+        """Tell what was answered as expected, and the scores that this comes to."""
+        way = self.way
+        records = record_answers({way: self.items}, {way: self.before}, {way: after})[way]
+        scores = describe_scores(way.protocol, way.context, records, has_unedited=True)
+        right = {
+            kind: "".join("1" if one.score_after == 1 else "0" for one in records if one.kind == kind)
+            for kind in KINDS
+        }
+        return right, scores
+
+
+def set_up(subject: Subject, edits: Sequence[Edit], text: NeutralText, config: RunConfig) -> Bench:
+    """Ask the unedited model once, for all trials."""
+    way = Way(locft.PROTOCOL, config.format)
+    reader = _reader(subject, config, "unedited", ())
+    items, before = measure_unedited({way.context: reader}, {way: items_of(edits)})
+    return Bench(
+        subject=subject,
+        edits=tuple(edits),
+        text=text,
+        config=config,
+        way=way,
+        items=items[way],
+        before=before[way],
+    )
+
+
+CacheOf = Callable[[Split, Sequence[Encoded]], PrefixCache]
+"""Gives the cached states of some examples, for a model that is split somewhere."""
+
+
+class LayerCaches:
+    """Caches for one layer after the other: that of a higher layer goes on from that of a lower one."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Split, tuple[Encoded, ...], PrefixCache] | None = None
+
+    def __call__(self, split: Split, examples: Sequence[Encoded]) -> PrefixCache:
+        """Give the cache of some examples, as `build_cache` would; the model must be unedited."""
+        cache: PrefixCache
+        if self._last is None or self._last[1] != tuple(examples) or self._last[0].layer > split.layer:
+            cache = build_cache(split, examples)
+        elif self._last[0].layer == split.layer:
+            cache = self._last[2]
+        else:
+            cache = advance_cache(self._last[2], self._last[0], split.layer)
+        self._last = (split, tuple(examples), cache)
+        return cache
+
+
+def run_trial(
+    bench: Bench, trial: Trial, schedule: Schedule, cache_of: CacheOf = build_cache
+) -> TrialResult:
+    """Train a model as a trial says, score it, and leave it unedited.
+
+    Args:
+        bench: What trials are done with.
+        trial: The trial.
+        schedule: How long and how fast.
+        cache_of: Gives the cached states of its examples.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        TrainingError: A loss, gradient or weight is not finite.
+        ModelError: The method cannot edit this model, or the model cannot be split.
+    """
+    watch = Stopwatch()
+    subject = bench.subject
+    network = subject.loaded.model
+    edits = bench.edits[: trial.num_edits]
+    # A seed names one order of the edits: depth-first goes through them so, and fifths are parts of it.
+    shuffler = torch.Generator().manual_seed(trial.seed)
+    order = torch.randperm(len(edits), generator=shuffler).tolist()
+    examples = [subject.codec.encode(edits[index]) for index in order]
+    with attach(subject, trial, schedule) as tuning:
+        split = split_model(network, tuning.layer)
+        watch.lap("load")
+        cache = cache_of(split, examples)
+        watch.lap("cache")
+        engine = choose_engine(bench.config, network)
+        with (
+            tuning.trainable.alone(network),
+            split.tail(
+                in_bfloat16=engine.in_bfloat16,
+                compiled=engine.compiled,
+                from_tokens=tuning.from_tokens,
+            ) as tail,
+        ):
+            stepper = Stepper(tail, cache, tuning.trainable, schedule.lr, schedule.loss_mean)
+            course, loss = _train(stepper, trial, schedule)
+        watch.lap("train")
+        values = tuning.values()
+        num_parameters = _num_parameters(tuning)
+    with swapped_in(network, values):
+        reader = _reader(subject, bench.config, "edited", edits)
+        after = measure_model({bench.way.context: reader}, {bench.way: bench.items})[bench.way]
+    right, scores = bench.score(after)
+    drift = drift_of_values(subject, values, bench.text)
+    watch.lap("eval")
+    return TrialResult(
+        trial=trial,
+        before=scores.before or {},
+        scores={**scores.after, "drift": drift.overall},
+        right=right,
+        course=course,
+        num_parameters=num_parameters,
+        num_steps=stepper.num_steps,
+        final_loss=loss,
+        cache_s=watch.spent["cache"],
+        train_s=watch.spent["train"],
+        eval_s=watch.spent["eval"],
+        seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(edits),
+    )
+
+
+def attach(subject: Subject, trial: Trial, schedule: Schedule) -> AbstractContextManager[Tuning]:
+    """Make a model ready for a trial's training while the body runs."""
+    plan = Plan(
+        location=trial.location or "",
+        num_steps=num_steps(trial, schedule),
+        seed=trial.seed,
+        settings=trial.settings,
+    )
+    return METHODS[trial.method].attach(subject.loaded.model, plan)
+
+
+def num_steps(trial: Trial, schedule: Schedule) -> int:
+    """Count the most steps that a trial may take."""
+    if trial.pipeline == "depth-first":
+        return trial.num_edits * schedule.epochs
+    return math.ceil(trial.num_edits / trial.batch_size) * schedule.epochs
+
+
+def _train(stepper: Stepper, trial: Trial, schedule: Schedule) -> tuple[tuple[Moment, ...], float]:
+    if trial.pipeline == "depth-first":
+        parts = run_depth_first(stepper, schedule)
+        course = tuple(Moment(done=part.epoch / len(parts), success=part.success) for part in parts)
+        return course, parts[-1].loss
+    epochs = run_breadth_first(stepper, schedule)
+    course = tuple(Moment(done=epoch.epoch / len(epochs), success=epoch.success) for epoch in epochs)
+    return course, epochs[-1].loss
+
+
+def _num_parameters(tuning: Tuning) -> int:
+    return sum(parameter.numel() for parameter in tuning.trainable.parameters.values())
+
+
+def _reader(subject: Subject, config: RunConfig, label: str, edits: Sequence[Edit]) -> Reader:
+    return Reader(
+        subject,
+        config.format,
+        label=label,
+        max_new_tokens=locft.MAX_NEW_TOKENS,
+        guesses=guesses_for(edits),
+    )
