@@ -14,6 +14,8 @@ from typing import Any, Literal
 from locft.errors import ConfigError
 
 Auto = Literal["auto"]
+AUTO: Auto = "auto"
+_LONGEST_S = 1e9
 
 
 def _setting(
@@ -41,7 +43,7 @@ class RunConfig:
     location: str = _setting(
         "70%.mlp.down",
         "tuning location: LAYER.MODULE or SHARE%%.MODULE, with MODULE one of mlp.down, mlp.up, mlp, "
-        "attn; LAYER alone is the entire layer",
+        "attn; LAYER alone is the entire layer; auto looks for one, as `locft locate` does",
         "method",
     )
     format: Literal["raw", "chat"] = _setting(
@@ -64,6 +66,12 @@ class RunConfig:
     )
     seed: int = _setting(
         0, "names the order of the edits in every epoch", "method", least=0, most=2**64 - 1
+    )
+    prefer: Literal["generalization", "balanced", "preservation"] = _setting(
+        "balanced", "what makes a location good, where it is looked for", "search"
+    )
+    budget: str = _setting(
+        "10m", "how long to look for a location: seconds, or as 90s, 10m, 1h", "search"
     )
     on_conflict: Literal["error", "keep-last", "keep-first"] = _setting(
         "error", "what to do with edits that contradict each other", "edits"
@@ -94,8 +102,30 @@ class RunConfig:
         for setting in fields(self):
             kinds, value = _members(_types()[setting.name]), getattr(self, setting.name)
             _check(setting, kinds, value)
+            if setting.name == "budget":
+                seconds_of(value)
             if float in kinds and type(value) is int:  # TOML, and people, write 1 for 1.0
                 object.__setattr__(self, setting.name, float(value))
+
+
+def seconds_of(duration: str) -> float:
+    """Read a duration: ``90``, ``90s``, ``10m``, ``1.5h``.
+
+    Raises:
+        ConfigError: It is none, or not over 0.
+    """
+    number, unit = duration[:-1], duration[-1:]
+    if unit.isdigit():
+        number, unit = duration, "s"
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < _LONGEST_S:
+        raise ConfigError(
+            f"budget is {duration!r}: expected a duration over 0, in seconds or as 90s, 10m, 1h"
+        )
+    return seconds
 
 
 def settings() -> tuple[Field[Any], ...]:

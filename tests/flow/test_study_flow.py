@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from locft.cli.main import main
 from locft.config import RunConfig
 from locft.errors import ConfigError, InputError, LocationError, RunError, TrainingError
-from locft.evaluation.drift import read_neutral_text
+from locft.evaluation.drift import first_passages, read_neutral_text
 from locft.report.page import Page, Picture, Table
 from locft.study import run as run_module
-from locft.study import trial as trial_module
 from locft.study.locations import study_locations
 from locft.study.pipelines import study_pipelines
 from locft.study.plans import LocationsPlan, PipelinesPlan
 from locft.study.records import StudyReport
 from locft.study.trial import run_trial
+from locft.train import cache as cache_module
 from locft.train.cache import build_cache
 from locft.types import Edit
 
@@ -275,7 +275,7 @@ def test_the_cache_of_a_layer_goes_on_from_the_layer_before(
         ran.append(arguments[0].layer)
         return build(*arguments)
 
-    monkeypatch.setattr(trial_module, "build_cache", note)
+    monkeypatch.setattr(cache_module, "build_cache", note)
     plan = LocationsPlan(modules=("mlp.down", "mlp.up"), layers=(0, 1, 2), num_edits=6, num_passages=2)
     layered, _ = study_locations(model, EDITS, tmp_path / "one", plan, CONFIG)
     assert ran == [0]
@@ -354,9 +354,9 @@ def test_bad_words_end_with_status_2(
 def test_drift_is_measured_on_passages_of_every_kind() -> None:
     text = read_neutral_text(None)
     for num in (4, 8, 12):
-        kinds = [passage.kind for passage in run_module.first_passages(text, num).passages]
+        kinds = [passage.kind for passage in first_passages(text, num).passages]
         assert {kinds.count(kind) for kind in set(kinds)} == {num // 4}
-    assert run_module.first_passages(text, 10**6) == text
+    assert first_passages(text, 10**6) == text
 
 
 def test_a_model_is_unedited_after_each_trial(

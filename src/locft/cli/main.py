@@ -12,7 +12,7 @@ from pathlib import Path
 from locft.cli.gates import Gate, parse_gate
 from locft.cli.parser import parse_words
 from locft.cli.say import print_json, print_lines, say
-from locft.config import RunConfig, read_config, with_settings
+from locft.config import RunConfig, read_config, seconds_of, with_settings
 from locft.errors import ConfigError, InputError, LocftError, first_line, printable
 from locft.publish import refuse_taken
 from locft.report.words import PROTOCOL_SCORES, change_text, some
@@ -315,6 +315,29 @@ def _report(words: argparse.Namespace) -> int:
     return 0
 
 
+def _locate(words: argparse.Namespace) -> int:
+    config = _config(words)
+    if words.output is not None:
+        refuse_taken(Path(words.output))
+    _quiet_libraries()
+    from locft.recipe.locate import locate
+    from locft.recipe.locate_page import describe_found, save_found
+
+    budget_s = seconds_of(config.budget)
+    found = locate(words.model, words.edits, budget_s, config.prefer, config, say=say)
+    if words.output is not None:
+        save_found(found, Path(words.output))
+    if words.json:
+        print_json(asdict(found))
+    else:
+        from locft.cli.show import make_console, show_page
+
+        show_page(make_console(), describe_found(found))
+    if words.output is not None:
+        say(f"wrote {Path(words.output) / 'report.html'}, with report.md and report.json")
+    return 0
+
+
 def _study(words: argparse.Namespace) -> int:
     _quiet_libraries()
     from locft.cli import study
@@ -339,6 +362,7 @@ _COMMANDS = {
     **{name: _patches(name) for name in ("apply", "stack", "revert", "status", "inspect", "diff")},
     "export": _export,
     "report": _report,
+    "locate": _locate,
     "study": _study,
     "bench": _bench,
     "convert": _convert,

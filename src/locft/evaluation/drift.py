@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -111,6 +111,17 @@ def read_neutral_text(path: str | None) -> NeutralText:
     return NeutralText(name=name, sha256=hashlib.sha256(data).hexdigest(), passages=tuple(passages))
 
 
+def first_passages(text: NeutralText, num: int) -> NeutralText:
+    """Take some passages of a text: the first of each kind, then the second of each, and so on."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for number, passage in enumerate(text.passages):
+        seen[passage.kind] = rank = seen.get(passage.kind, 0) + 1
+        ranked.append((rank, number))
+    taken = sorted(number for _, number in sorted(ranked)[:num])
+    return replace(text, passages=tuple(text.passages[number] for number in taken))
+
+
 def measure_drift(
     unedited: Forward,
     edited: Forward,
@@ -148,7 +159,7 @@ def measure_drift(
                 before, after = unedited(ids), edited(ids)
                 for row, index in enumerate(taken):
                     num = len(rows[row]) - 1
-                    sums[index] = _kl_sum(before[row, :num], after[row, :num])
+                    sums[index] = kl_sum(before[row, :num], after[row, :num])
             del before, after  # before the next ones are there
             step(len(taken))
     counts = [len(ids) - 1 for _, ids in encoded]
@@ -204,7 +215,7 @@ def cut_windows(
     return [(kind, ids) for kind, ids in encoded if len(ids) > 1]
 
 
-def _kl_sum(before: Tensor, after: Tensor) -> float:
+def kl_sum(before: Tensor, after: Tensor) -> float:
     """Sum KL(before || after) over positions; both (T, V) logits."""
     total = 0.0
     # Piece by piece: it takes five tensors as large as what is compared.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from locft.config import RunConfig, settings
+from locft.config import AUTO, RunConfig, seconds_of, settings
 from locft.data.edits import EditFile
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
 from locft.evaluation.drift import NeutralText, read_neutral_text
@@ -40,6 +40,8 @@ from locft.provenance import (
     peak_memory_bytes,
 )
 from locft.publish import refuse_taken, reserved, staged_folder
+from locft.recipe.locate import find_location
+from locft.recipe.locate_page import describe_found
 from locft.recipe.plan import predict_cost
 from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
 from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo
@@ -90,7 +92,8 @@ def edit(
     run = Path(output)
     watch = Stopwatch()
     refuse_taken(run)
-    parse_location(config.location, num_layers=sys.maxsize)  # its spelling, before anything is loaded
+    if config.location != AUTO:  # its spelling, before anything is loaded
+        parse_location(config.location, num_layers=sys.maxsize)
     text = read_neutral_text(config.drift_text)
     gathered = gather_edits(edits, config.on_conflict)
     with reserved(run):
@@ -112,6 +115,14 @@ def _edit(
     network, checkpoint = subject.loaded.model, subject.loaded.checkpoint
     warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
     say_warnings(gathered, warnings, say)
+    given = config
+    if config.location == AUTO:
+        budget_s = seconds_of(config.budget)
+        say(f"looking for a location, for at most {seconds_text(budget_s)}")
+        found = find_location(subject, gathered.edits, text, budget_s, config.prefer, config, say=say)
+        say(describe_found(found).verdict)
+        config = dataclasses.replace(config, location=found.location)
+        watch.lap("locate")
     location = resolve_location(network, config.location)
     weights = map_parameters(network, subject.entries, location.parameters)
     engine = choose_engine(config, network)
@@ -183,8 +194,8 @@ def _edit(
         model=model_info,
         edits=describe_edits(gathered, len(warnings)),
         location=describe_location(location, patch, changes),
-        settings=asdict(config),
-        resolved=_resolved(config, location, manifest, device),
+        settings=asdict(given),
+        resolved=_resolved(given, location, manifest, device),
         training=TrainingInfo(
             lr=schedule.lr,
             batch_size=schedule.batch_size,

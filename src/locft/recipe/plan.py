@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from locft.config import RunConfig
+from locft.config import AUTO, RunConfig
 from locft.data.edits import EditFile
 from locft.data.encode import Codec, Encoded
 from locft.data.gather import check_tokens, gather_edits, say_warnings
+from locft.errors import ConfigError
 from locft.evaluation.drift import TOKENS_PER_PASS, NeutralText, cut_windows, read_neutral_text
 from locft.evaluation.generate import MAX_NEW_TOKENS, decoding_stages
 from locft.evaluation.scoring import prompts_of
@@ -175,6 +176,10 @@ def plan(
     config = config or RunConfig()
     if output is not None:
         refuse_taken(Path(output))
+    if config.location == AUTO:
+        raise ConfigError(
+            "a plan is for a certain location: name one with --location, or find one with `locft locate`"
+        )
     parse_location(config.location, num_layers=sys.maxsize)  # its spelling, before anything is loaded
     text = read_neutral_text(config.drift_text)
     gathered = gather_edits(edits, config.on_conflict)

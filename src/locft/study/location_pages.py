@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from locft.recipe.preference import PREFERENCES, rule_of, value_of
 from locft.report.page import Block, Command, Page, Section, Table, Text
 from locft.report.pictures import draw_heat_map
 from locft.report.sections import drawn, provenance_table, settings_blocks
 from locft.report.words import SCORE_NAMES, counted, figure_text, seconds_text
-from locft.study.preference import PREFERENCES, rule_of, value_of
 from locft.study.records import StudyReport, TrialResult
 
 _NUM_BEST = 5

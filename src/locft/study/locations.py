@@ -11,7 +11,7 @@ from locft.study.location_pages import describe_locations
 from locft.study.plans import LocationsPlan
 from locft.study.records import StudyReport, Trial
 from locft.study.run import choose_lr, prepare, run_trials
-from locft.study.trial import LayerCaches
+from locft.train.cache import LayerCaches
 from locft.types import Edit
 
 _EVERY = 3  # layers

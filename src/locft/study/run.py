@@ -10,7 +10,7 @@ from typing import Any
 from locft.config import RunConfig
 from locft.data.gather import check_tokens, gather_edits, say_warnings
 from locft.errors import ConfigError, InputError, TrainingError
-from locft.evaluation.drift import NeutralText, read_neutral_text
+from locft.evaluation.drift import NeutralText, first_passages, read_neutral_text
 from locft.evaluation.protocols import locft
 from locft.evaluation.subject import Subject, load_subject
 from locft.methods import Method
@@ -102,17 +102,6 @@ def prepare(
         num_passages=len(text.passages),
     )
     return Ground(topic=topic, subject=subject, edits=gathered.edits, text=text, config=config)
-
-
-def first_passages(text: NeutralText, num: int) -> NeutralText:
-    """Take some passages of a text: the first of each kind, then the second of each, and so on."""
-    seen: dict[str, int] = {}
-    ranked = []
-    for number, passage in enumerate(text.passages):
-        seen[passage.kind] = rank = seen.get(passage.kind, 0) + 1
-        ranked.append((rank, number))
-    taken = sorted(number for _, number in sorted(ranked)[:num])
-    return replace(text, passages=tuple(text.passages[number] for number in taken))
 
 
 def choose_lr(ground: Ground, method: Method, location_name: str, given: float | None = None) -> float:

@@ -20,7 +20,7 @@ from locft.model.weights import swapped_in
 from locft.provenance import Stopwatch, describe_scores
 from locft.report.schema import ProtocolScores
 from locft.study.records import Moment, Trial, TrialResult
-from locft.train.cache import PrefixCache, advance_cache, build_cache
+from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine
 from locft.train.loop import Schedule, run_breadth_first, run_depth_first
 from locft.train.step import Stepper
@@ -79,25 +79,6 @@ def set_up(subject: Subject, edits: Sequence[Edit], text: NeutralText, config: R
 
 CacheOf = Callable[[Split, Sequence[Encoded]], PrefixCache]
 """Gives the cached states of some examples, for a model that is split somewhere."""
-
-
-class LayerCaches:
-    """Caches for one layer after the other: that of a higher layer goes on from that of a lower one."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Split, tuple[Encoded, ...], PrefixCache] | None = None
-
-    def __call__(self, split: Split, examples: Sequence[Encoded]) -> PrefixCache:
-        """Give the cache of some examples, as `build_cache` would; the model must be unedited."""
-        cache: PrefixCache
-        if self._last is None or self._last[1] != tuple(examples) or self._last[0].layer > split.layer:
-            cache = build_cache(split, examples)
-        elif self._last[0].layer == split.layer:
-            cache = self._last[2]
-        else:
-            cache = advance_cache(self._last[2], self._last[0], split.layer)
-        self._last = (split, tuple(examples), cache)
-        return cache
 
 
 def run_trial(

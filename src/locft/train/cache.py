@@ -144,6 +144,25 @@ def advance_cache(
     return replace(cache, hidden=_run_over(cache.tree, folder, run))
 
 
+class LayerCaches:
+    """Caches for one layer after the other: that of a higher layer goes on from that of a lower one."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Split, tuple[Encoded, ...], PrefixCache] | None = None
+
+    def __call__(self, split: Split, examples: Sequence[Encoded]) -> PrefixCache:
+        """Give the cache of some examples, as `build_cache` would; the model must be unedited."""
+        cache: PrefixCache
+        if self._last is None or self._last[1] != tuple(examples) or self._last[0].layer > split.layer:
+            cache = build_cache(split, examples)
+        elif self._last[0].layer == split.layer:
+            cache = self._last[2]
+        else:
+            cache = advance_cache(self._last[2], self._last[0], split.layer)
+        self._last = (split, tuple(examples), cache)
+        return cache
+
+
 def _run_over(
     tree: PrefixTree, folder: Path | None, run: Callable[[Packed, np.ndarray], Tensor]
 ) -> Tensor:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locft.errors import InputError
+from locft.recipe.preference import PREFERENCES, rule_of, value_of
 from locft.study.over_seeds import MOST_SEEDS, mean_over_seeds
-from locft.study.preference import PREFERENCES, rule_of, value_of
 from locft.types import Figure
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
+
+from locft.evaluation.metrics import Floats
 from locft.types import Figure
 
 Preference = Literal["generalization", "balanced", "preservation"]
@@ -28,8 +31,19 @@ def value_of(scores: Mapping[str, Figure], preference: Preference) -> float:
     )
     if reliability is None or generalization is None or drift is None:
         return float("-inf")
-    missing = max(0.0, _ENOUGH - 100 * reliability)
-    return 100 * generalization - _PRICES[preference] * 100 * drift - missing
+    found = value_from(
+        np.asarray(reliability), np.asarray(generalization), np.asarray(drift), preference
+    )
+    return float(found)
+
+
+def value_from(
+    reliability: Floats, generalization: Floats, drift: Floats, preference: Preference
+) -> Floats:
+    """Value results as `value_of` does, many at a time."""
+    missing = np.maximum(0.0, _ENOUGH - 100 * reliability)
+    found: Floats = 100 * generalization - _PRICES[preference] * 100 * drift - missing
+    return found
 
 
 def rule_of(preference: Preference) -> str:
