@@ -136,7 +136,8 @@ def _how(found: Found) -> str:
         "breadth-first, and scored by what the model predicts, teacher-forced: reliability is the share "
         "of prompts after which every token of the target is the likeliest one, generalization the "
         "probability of the target after other wordings, drift the change of predictions on beginnings "
-        "of neutral text. In brackets: 95% intervals, by a bootstrap over edits and passages. Scores on all edits differ: "
+        "of neutral text. In brackets: 95% intervals, by a bootstrap over edits and passages. Scores on "
+        "all edits differ: "
         "more edits harm more."
     )
 
