@@ -43,7 +43,7 @@ screenshots: demo
 
 test: install
 	@echo "== running the tests"
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 lint: install
 	@echo "== checking format, lint, types and import layers"

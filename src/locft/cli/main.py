@@ -408,6 +408,10 @@ def _what_is_kept(words: argparse.Namespace) -> str:
     if getattr(words, "in_place", False):
         return f"`locft status {words.model}` says what the folder holds now"
     output = getattr(words, "output", None)
+    if words.command == "study":
+        is_begun = (Path(words.output) / "trials.jsonl").exists()
+        kept = f"the trials that are done are kept in {words.output}, and the same command goes on"
+        return kept if is_begun else "no trial was done"
     # It appears when it is whole, so only telling of it went wrong.
     whole = "report.json" if words.command == "edit" else "*"
     if output is not None and any(Path(output).glob(whole)):

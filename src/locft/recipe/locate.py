@@ -281,7 +281,13 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
         say(
             f"round {len(rounds) + 1}: {counted(len(names), 'location')} on {counted(num_edits, 'edit')}"
         )
-        tried = _try_all(ground, names, num_edits, deadline)
+        # Where all edits were in already, only new locations are tried.
+        known = {one.outcome.location: one for one in (rounds[-1] if rounds else ())}
+        again = [known[name] for name in names if name in known and _num_edits(known[name]) == num_edits]
+        told = {one.outcome.location for one in again}
+        tried = again + _try_all(
+            ground, [name for name in names if name not in told], num_edits, deadline
+        )
         ranked = sorted((one for one in tried if one.outcome.value is not None), key=_worst_last)
         if not ranked:
             if not rounds:
@@ -289,19 +295,22 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
             return rounds
         failed = [one for one in tried if one.outcome.value is None]
         rounds.append([*ranked, *failed])
-        is_last = len(ranked) <= _FEWEST_LEFT or time.perf_counter() > deadline
-        if is_last or num_edits == most == _MOST_EDITS:
+        if len(ranked) <= _FEWEST_LEFT or len(again) == len(names) or time.perf_counter() > deadline:
             return rounds
         names = [one.outcome.location for one in ranked[: _num_kept(len(ranked))]]
         if len(rounds) == 1:
-            known = {one.outcome.location for one in tried}
-            names += [name for name in _neighbours(ground, names[:_NUM_REFINED]) if name not in known]
+            seen = {one.outcome.location for one in tried}
+            names += [name for name in _neighbours(ground, names[:_NUM_REFINED]) if name not in seen]
         num_edits = min(most, _GROWTH * num_edits)
 
 
 def _worst_last(tried: _Tried) -> float:
     assert tried.outcome.value is not None
     return -tried.outcome.value
+
+
+def _num_edits(tried: _Tried) -> int:
+    return tried.outcome.num_edits
 
 
 def _num_kept(num: int) -> int:
