@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import tiny_llama_config
-from transformers import PreTrainedModel
+from transformers import Phi3Config, PreTrainedModel
 
 from locft.cli.main import main
 from locft.config import RunConfig
@@ -15,10 +16,14 @@ from locft.errors import ConfigError, InputError, LocationError, RunError, Train
 from locft.evaluation.drift import first_passages, read_neutral_text
 from locft.report.page import Page, Picture, Table
 from locft.study import run as run_module
+from locft.study.compare import compare
+from locft.study.compare_page import name_of
 from locft.study.locations import study_locations
+from locft.study.pages import describe_pipelines
 from locft.study.pipelines import study_pipelines
-from locft.study.plans import LocationsPlan, PipelinesPlan
+from locft.study.plans import ComparePlan, LocationsPlan, PipelinesPlan, ScalePlan
 from locft.study.records import StudyReport
+from locft.study.scale import study_scale
 from locft.study.trial import run_trial
 from locft.train import cache as cache_module
 from locft.train.cache import build_cache
@@ -35,6 +40,18 @@ EDITS = tuple(
     for number, target in enumerate(("Rome", "Paris", "Oslo", "Vienna", "Berlin", "Madrid"))
 )
 CONFIG = RunConfig(location="1.mlp.down", lr=0.02, epochs=4, stop_loss=0.001)
+PHI3: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
 SMALL = PipelinesPlan(methods=("ft-m",), batches=(2,), seeds=(0,), num_edits=6, num_passages=2)
 FILES = ["report.html", "report.json", "report.md", "study.json", "trials.jsonl"]
 
@@ -82,16 +99,15 @@ def pipelines(model: str, folder: Path, plan: PipelinesPlan = SMALL, **changes: 
 
 def test_every_method_is_trained_both_ways(model: str, tmp_path: Path) -> None:
     plan = PipelinesPlan(
-        methods=("ft-m", "lora", "adalora", "full"),
-        batches=(1, 3),
-        seeds=(0, 1),
+        methods=("ft-m", "lora:rank=2,lr=0.05", "adalora", "full"),
+        batches=(3,),
+        seeds=(0,),
         num_edits=6,
         num_passages=2,
-        method_settings={"lora": {"rank": 2, "lr": 0.05}},
     )
     report, page = study_pipelines(model, EDITS, tmp_path / "study", plan, CONFIG)
     assert sorted(path.name for path in (tmp_path / "study").iterdir()) == FILES
-    assert len(report.trials) == len(lines(tmp_path / "study")) == 4 * 3 * 2
+    assert len(report.trials) == len(lines(tmp_path / "study")) == 4 * 2
     for result in report.trials:
         trial = result.trial
         assert result.failure is None
@@ -113,11 +129,10 @@ def test_every_method_is_trained_both_ways(model: str, tmp_path: Path) -> None:
     rows = table(page, "Scores").rows
     assert [row[:2] for row in rows[:3]] == [
         ("ft-m", "depth-first"),
-        ("ft-m", "breadth-first, batch 1"),
         ("ft-m", "breadth-first, batch 3"),
+        ("lora", "depth-first"),
     ]
-    assert len(rows) == 12
-    assert {row[-1] for row in rows} == {"2"}
+    assert len(rows) == 8
     assert len(pictures(page)) == 3
     assert "rank 2" in table(page, "Methods").rows[1][3]
 
@@ -170,6 +185,8 @@ def test_a_study_that_is_asked_for_more_does_what_is_missing(
     assert len(report.trials) == 4
     assert len(trained) == 4
     assert [name.endswith("seed 1") for name in trained] == [False, False, True, True]
+    rows = table(describe_pipelines(report), "Scores").rows
+    assert [row[-1] for row in rows] == ["2", "2"]
 
 
 def test_another_study_in_the_folder_is_refused_by_what_differs(
@@ -226,21 +243,19 @@ def test_training_that_fails_is_a_result_too(
 
 
 def test_bad_words_are_refused_before_anything_is_loaded(model: str, tmp_path: Path) -> None:
-    for plan, what in (
-        (PipelinesPlan(methods=("rome",)), "unknown method 'rome': expected one or more of ft-m"),
-        (
-            PipelinesPlan(methods=("lora",), method_settings={"lora": {"ranks": 3}}),
-            "method lora has no setting 'ranks': expected one of lr, rank",
-        ),
-        (
-            PipelinesPlan(methods=("lora",), method_settings={"lora": {"rank": "high"}}),
-            "setting lora.rank is 'high': expected int",
-        ),
-        (
-            PipelinesPlan(methods=("lora",), method_settings={"full": {"lr": 0.1}}),
-            "settings of method 'full', which is not among the methods",
-        ),
+    for methods, what in (
+        (("rome",), "unknown method 'rome': expected one or more of ft-m"),
+        (("lora:ranks=3",), "'lora:ranks=3' has no setting 'ranks': expected some of lr, rank"),
+        (("lora:rank=high",), "'lora:rank=high': rank is 'high': expected rank=INT"),
+        (("lora:rank",), "rank is '': expected rank=INT"),
+        (("lora:rank=0",), "rank is 0: expected a number over 0"),
+        (("lora:lr=nan",), "lr is nan: expected a number over 0"),
+        (("lora:location=3",), "no setting 'location'"),
+        (("full:pipeline=depth-first",), "no setting 'pipeline'"),
+        (("full", "full"), "methods are named once each"),
+        ((), "methods are named once each"),
     ):
+        plan = PipelinesPlan(methods=methods)
         with pytest.raises(ConfigError, match=what):
             study_pipelines("no such model", EDITS, tmp_path / "study", plan, CONFIG)
     with pytest.raises(InputError, match="6 edits, and 100 are asked for"):
@@ -295,6 +310,65 @@ def test_a_location_s_own_learning_rate_follows_its_size(model: str, tmp_path: P
     assert one == pytest.approx(3 * three)
 
 
+def test_more_and_more_edits_are_scored_on_the_same_ones(
+    model: str, tmp_path: Path, trained: list[str]
+) -> None:
+    said: list[str] = []
+    plan = ScalePlan(sizes=(2, 4, 99), num_scored=3, num_passages=2)
+    report, page = study_scale(model, EDITS, tmp_path / "study", plan, CONFIG, say=said.append)
+    assert "there are 6 edits: the largest size is that" in said
+    assert [result.trial.num_edits for result in report.trials] == [2, 4, 6]
+    assert [result.scores["reliability"].num for result in report.trials] == [2, 3, 3]
+    assert [len(result.right["locality"]) for result in report.trials] == [2, 3, 3]
+    assert len(trained) == 3
+    for result in report.trials:
+        assert result.seconds_per_edit * result.trial.num_edits == pytest.approx(
+            result.cache_s + result.train_s
+        )
+        assert result.peak_memory_bytes > 10**8
+    assert [row[0] for row in table(page, "Cost").rows] == ["2", "4", "6"]
+    assert pictures(page) == ["Scores by number of edits"]
+
+
+def test_methods_are_compared_each_in_a_process_of_its_own(model: str, tmp_path: Path) -> None:
+    plan = ComparePlan(
+        methods=("ft-m", "ft-m:location=0,lr=0.01", "lora:rank=2,pipeline=depth-first"), num_passages=2
+    )
+    said: list[str] = []
+    report, page = compare(model, EDITS, tmp_path / "study", plan, CONFIG, say=said.append)
+    assert [name_of(result.trial) for result in report.trials] == [
+        "ft-m, 1.mlp.down, batch 20, lr 0.02",
+        "ft-m, 0, batch 20, lr 0.01",
+        "lora, depth-first, rank 2, batch 1, lr 0.02",
+    ]
+    assert len({result.peak_memory_bytes for result in report.trials}) > 1
+    shown = table(page, "Scores and cost")
+    assert shown.columns[-2:] == ("s per edit", "peak memory")
+    for column in ("drift", "s per edit", "peak memory"):
+        cells = [row[shown.columns.index(column)] for row in shown.rows]
+        assert sum(cell.endswith(" *") for cell in cells) == 1
+    # The same is known again, and only what is new is done.
+    more = replace(plan, methods=(*plan.methods, "ft-m:batch_size=2"))
+    said.clear()
+    again, _ = compare(model, EDITS, tmp_path / "study", more, CONFIG, say=said.append)
+    assert again.trials[:3] == report.trials
+    assert "3 of 4 trials are done already" in said
+    # It is the trial that runs beside others, too.
+    alone = pipelines(model, tmp_path / "other", replace(SMALL, batches=(20,)))
+    [same] = [one for one in alone.trials if one.trial == report.trials[0].trial]
+    assert same.scores == report.trials[0].scores
+
+
+def test_a_method_that_cannot_edit_the_model_says_so_before_any_training(
+    tmp_path: Path, save_model: Callable[..., Path]
+) -> None:
+    config = Phi3Config(**PHI3)
+    plan = ComparePlan(methods=("full", "ft-m:location=1.mlp.up"), num_passages=2)
+    with pytest.raises(InputError, match=r"has no single 'mlp.up'"):
+        compare(str(save_model(config)), EDITS, tmp_path / "study", plan, CONFIG)
+    assert not (tmp_path / "study").exists()
+
+
 def command(*words: str) -> int:
     return main(["study", *words])
 
@@ -305,8 +379,8 @@ def test_the_command_shows_and_keeps_what_it_found(
     file = tmp_path / "edits.jsonl"
     file.write_text("".join(json.dumps({"prompt": e.prompt, "target": e.target}) + "\n" for e in EDITS))
     words = ["pipelines", model, str(file), "-o", str(tmp_path / "study"), "--num-edits", "6"]
-    words += ["--passages", "2", "--methods", "ft-m,lora", "--batches", "3", "--seeds", "0"]
-    words += ["--location", "1.mlp", "--epochs", "2", "--set", "lora.rank=2", "--set", "lora.lr=0.01"]
+    words += ["--passages", "2", "--batches", "3", "--seeds", "0", "--location", "1.mlp"]
+    words += ["--epochs", "2", "--method", "ft-m", "--method", "lora:rank=2,lr=0.01"]
     assert command(*words) == 0
     shown = capsys.readouterr()
     assert "Reliability by ft-m: " in shown.out
@@ -326,12 +400,11 @@ def test_the_command_shows_and_keeps_what_it_found(
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["pipelines", "--set", "rank=3"], "expected METHOD.KEY=VALUE"),
-        (["pipelines", "--set", "lora.rank"], "expected METHOD.KEY=VALUE"),
         (["pipelines", "--seeds", "a"], "expected whole numbers"),
         (["pipelines", "--seeds", ""], "expected whole numbers"),
         (["pipelines", "--batches", "0"], "expected a whole number over 0"),
-        (["pipelines", "--methods", "rome"], "unknown method 'rome'"),
+        (["pipelines", "--method", "rome"], "unknown method 'rome'"),
+        (["scale", "--sizes", "0"], "expected a whole number over 0"),
         (["locations", "--layers", "3-a"], "expected layers, from 0"),
         (["nothing"], "invalid choice"),
     ],

@@ -338,6 +338,15 @@ def _locate(words: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(words: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from locft.cli.study import run_compare
+
+    # Read by the libraries in each process.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    return run_compare(words, _config(words))
+
+
 def _study(words: argparse.Namespace) -> int:
     _quiet_libraries()
     from locft.cli import study
@@ -363,6 +372,7 @@ _COMMANDS = {
     "export": _export,
     "report": _report,
     "locate": _locate,
+    "compare": _compare,
     "study": _study,
     "bench": _bench,
     "convert": _convert,
@@ -408,7 +418,7 @@ def _what_is_kept(words: argparse.Namespace) -> str:
     if getattr(words, "in_place", False):
         return f"`locft status {words.model}` says what the folder holds now"
     output = getattr(words, "output", None)
-    if words.command == "study":
+    if words.command in ("study", "compare"):
         is_begun = (Path(words.output) / "trials.jsonl").exists()
         kept = f"the trials that are done are kept in {words.output}, and the same command goes on"
         return kept if is_begun else "no trial was done"

@@ -10,7 +10,7 @@ from locft.config import choices_of, parse_setting, settings
 from locft.data.contexts import CONTEXTS
 from locft.errors import ConfigError, printable
 from locft.report.words import PROTOCOL_SCORES
-from locft.study.plans import LocationsPlan, PipelinesPlan
+from locft.study.plans import ALL_METHODS, ComparePlan, LocationsPlan, PipelinesPlan, ScalePlan
 
 _MODEL_HELP = "a Hugging Face id, a local model folder, or `demo` (SmolLM2-135M-Instruct, embedded)"
 _EDITS_HELP = "edits: a JSONL, JSON or CSV file, or `demo` (60 facts that come with locft)"
@@ -93,6 +93,16 @@ examples:
 An edited model answers many prompts as was guessed, an unedited one few. The exit status is 1 if an
 answer or a score differs.
 """
+_COMPARE_EPILOG = """\
+examples:
+  locft compare demo facts.jsonl -o compared
+  locft compare demo facts.jsonl -o compared --method ft-m --method ft-m:location=10.mlp --method full
+  locft compare demo facts.jsonl -o compared --seeds 0,1,2 --capability lambada --capability-data DIR
+
+Keys of every method: lr, batch_size, pipeline (breadth-first or depth-first), and location for ft-m.
+Each has a process of its own. Trials are kept as they are done: the same command goes on, and one with
+more methods or seeds does what is missing.
+"""
 _LOCATE_EPILOG = """\
 examples:
   locft locate demo facts.jsonl
@@ -110,11 +120,18 @@ examples:
 Each location is trained on the same edits and scored. Trials are kept as they are done: the same command
 goes on where it was cut short, and one with more layers or modules does what is missing.
 """
+_SCALE_EPILOG = """\
+examples:
+  locft study scale demo facts.jsonl -o scale
+  locft study scale demo facts.jsonl -o scale --sizes 100,1000,5000 --scored 500
+
+The same edits, the first ones of the file, are scored at every size. Trials are kept as they are done.
+"""
 _PIPELINES_EPILOG = """\
 examples:
   locft study pipelines demo facts.jsonl -o pipelines
-  locft study pipelines demo facts.jsonl -o pipelines --methods ft-m --batches 1,20,100 --seeds 0
-  locft study pipelines demo facts.jsonl -o pipelines --set lora.rank=16 --set lora.lr=0.002
+  locft study pipelines demo facts.jsonl -o pipelines --method ft-m --batches 1,20,100 --seeds 0
+  locft study pipelines demo facts.jsonl -o pipelines --method lora:rank=16,lr=0.002 --method full
 
 Depth-first trains each edit until it is learnt, and then the next, in a single pass; breadth-first goes
 through all of them in every epoch. Trials are kept as they are done: the same command goes on where it
@@ -203,19 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let a chat model judge the answers of protocol wild (LOCFT_JUDGE_URL, _MODEL, _KEY)",
     )
-    evaluate.add_argument(
-        "--capability",
-        type=_names,
-        default=(),
-        metavar="TASK,TASK",
-        help="tasks of lm-eval to ask before and after, or `paper` for the paper's five",
-    )
-    evaluate.add_argument(
-        "--capability-data", metavar="DIR", help="folder with TASK.jsonl for each; nothing is fetched"
-    )
-    evaluate.add_argument(
-        "--capability-limit", type=_count, metavar="N", help="ask at most so many items of each task"
-    )
+    _add_capability(evaluate)
     evaluate.add_argument(
         "--max-capability-drop",
         type=_points,
@@ -350,6 +355,19 @@ def build_parser() -> argparse.ArgumentParser:
     also = ("format", "lr", "batch_size", "stop_loss", "loss_mean", "seed", "on_conflict", "drift_text")
     _add_settings(locate, {"search", "machine", "model"}, also)
 
+    compare = _command(
+        commands, "compare", "compare methods or settings on the same edits", _COMPARE_EPILOG
+    )
+    several = ComparePlan()
+    own = ("location", "batch_size")
+    _add_study(compare, None, several.num_passages, own)
+    compare.add_argument(
+        "--num-edits", type=_count, metavar="N", help="how many edits to take (default: all)"
+    )
+    _add_methods(compare)
+    _add_list(compare, "seeds", _seeds, several.seeds, "each an order of the edits, a trial of its own")
+    _add_capability(compare)
+
     study = _command(commands, "study", "repeat the paper's controlled experiments on any model", "")
     _add_studies(study)
 
@@ -449,36 +467,61 @@ def _add_studies(study: argparse.ArgumentParser) -> None:
     )
     _add_list(locations, "modules", _names, ground.modules, "modules of each layer")
 
+    scale = _command(studies, "scale", "train more and more edits", _SCALE_EPILOG)
+    more = ScalePlan()
+    _add_study(scale, None, more.num_passages, ("location", "batch_size", "seed"))
+    _add_list(scale, "sizes", _counts, more.sizes, "numbers of edits, from the first on")
+    _add_count(scale, "scored", more.num_scored, "how many edits to score, from the first on")
+
     pipelines = _command(
         studies, "pipelines", "train depth-first and breadth-first by several methods", _PIPELINES_EPILOG
     )
     plan = PipelinesPlan()
     _add_study(pipelines, plan.num_edits, plan.num_passages, ("location",))
-    _add_list(pipelines, "methods", _names, plan.methods, "methods to compare")
+    _add_methods(pipelines)
     _add_list(pipelines, "batches", _counts, plan.batches, "edits per step, breadth-first")
     _add_list(pipelines, "seeds", _seeds, plan.seeds, "each an order of the edits, a trial of its own")
-    pipelines.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        type=_method_setting,
-        metavar="METHOD.KEY=VALUE",
-        help="a method's own setting, such as lora.rank=16 or full.lr=0.0001",
-    )
 
 
 def _add_study(
-    parser: argparse.ArgumentParser, num_edits: int, num_passages: int, own: Iterable[str]
+    parser: argparse.ArgumentParser, num_edits: int | None, num_passages: int, own: Iterable[str]
 ) -> None:
     """Add what all studies have in common; `own` names more settings."""
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("edits", metavar="EDITS", help=_EDITS_HELP)
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder of the study")
-    _add_count(parser, "num-edits", num_edits, "how many edits to take, from the first on")
+    if num_edits is not None:
+        _add_count(parser, "num-edits", num_edits, "how many edits to take, from the first on")
     _add_count(parser, "passages", num_passages, "passages of neutral text to measure drift on")
     _add_json(parser, "print the report as JSON on stdout instead of tables")
     also = ("format", "lr", "epochs", "stop_loss", "loss_mean", "on_conflict", "drift_text")
     _add_settings(parser, {"machine", "model"}, (*also, *own))
+
+
+def _add_methods(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="a method to compare, with settings of its own, such as lora:rank=16,lr=0.002; may be "
+        f"given several times (default: {', '.join(ALL_METHODS)})",
+    )
+
+
+def _add_capability(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--capability",
+        type=_names,
+        default=(),
+        metavar="TASK,TASK",
+        help="tasks of lm-eval to ask before and after, or `paper` for the paper's five",
+    )
+    parser.add_argument(
+        "--capability-data", metavar="DIR", help="folder with TASK.jsonl for each; nothing is fetched"
+    )
+    parser.add_argument(
+        "--capability-limit", type=_count, metavar="N", help="ask at most so many items of each task"
+    )
 
 
 def _add_list(
@@ -628,19 +671,6 @@ def _layers(text: str) -> tuple[int, ...]:
             raise argparse.ArgumentTypeError(f"{text!r}: expected layers, from 0, as 0,3,6 or 18-24")
         layers += range(int(first), int(last or first) + 1)
     return tuple(layers)
-
-
-def _method_setting(text: str) -> tuple[str, str, Any]:
-    place, is_given, value = text.partition("=")
-    method, _, key = place.partition(".")
-    if not (is_given and method and key and value):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected METHOD.KEY=VALUE, as lora.rank=16")
-    for kind in (int, float):
-        try:
-            return method, key, kind(value)
-        except ValueError:
-            continue
-    return method, key, value
 
 
 def _names(text: str) -> tuple[str, ...]:

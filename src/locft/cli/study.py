@@ -1,4 +1,4 @@
-"""The commands below `locft study`: each does trials, keeps them, and shows what came of them.
+"""The commands below `locft study`, and `locft compare`: each does trials, keeps and shows them.
 
 A study NAME is a function `run_NAME` here, a parser in `locft.cli.parser`, and a module
 `locft.study.NAME`, which is imported where it is called.
@@ -7,13 +7,12 @@ A study NAME is a function `run_NAME` here, a parser in `locft.cli.parser`, and 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from locft.cli.say import print_json, say
 from locft.cli.show import make_console, show_page
 from locft.config import RunConfig
 from locft.report.page import Page
-from locft.study.plans import LocationsPlan, PipelinesPlan
+from locft.study.plans import ALL_METHODS, ComparePlan, LocationsPlan, PipelinesPlan, ScalePlan
 from locft.study.records import StudyReport
 
 
@@ -21,16 +20,12 @@ def run_pipelines(words: argparse.Namespace, config: RunConfig) -> int:
     """Train depth-first and breadth-first by several methods."""
     from locft.study.pipelines import study_pipelines
 
-    settings: dict[str, dict[str, Any]] = {}
-    for method, key, value in words.set:
-        settings.setdefault(method, {})[key] = value
     plan = PipelinesPlan(
-        methods=words.methods,
+        methods=tuple(words.method or ALL_METHODS),
         batches=words.batches,
         seeds=words.seeds,
         num_edits=words.num_edits,
         num_passages=words.passages,
-        method_settings=settings,
     )
     found = study_pipelines(words.model, words.edits, words.output, plan, config, say=say)
     return _hand_over(words, *found)
@@ -49,6 +44,32 @@ def run_locations(words: argparse.Namespace, config: RunConfig) -> int:
         num_passages=words.passages,
     )
     found = study_locations(words.model, words.edits, words.output, plan, config, say=say)
+    return _hand_over(words, *found)
+
+
+def run_compare(words: argparse.Namespace, config: RunConfig) -> int:
+    """Compare methods or settings on the same edits."""
+    from locft.study.compare import compare
+
+    plan = ComparePlan(
+        methods=tuple(words.method or ALL_METHODS),
+        seeds=words.seeds,
+        num_edits=words.num_edits,
+        num_passages=words.passages,
+        capability=words.capability,
+        capability_data=None if words.capability_data is None else Path(words.capability_data),
+        capability_limit=words.capability_limit,
+    )
+    found = compare(words.model, words.edits, words.output, plan, config, say=say)
+    return _hand_over(words, *found)
+
+
+def run_scale(words: argparse.Namespace, config: RunConfig) -> int:
+    """Train more and more edits."""
+    from locft.study.scale import study_scale
+
+    plan = ScalePlan(sizes=words.sizes, num_scored=words.scored, num_passages=words.passages)
+    found = study_scale(words.model, words.edits, words.output, plan, config, say=say)
     return _hand_over(words, *found)
 
 

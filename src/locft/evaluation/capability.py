@@ -271,8 +271,9 @@ def compare_capability(
 ) -> CapabilityScores:
     """Compare what two models scored on the same items.
 
-    Scores that are 0 or 1 have a Wilson interval; others, all changes and the means over tasks have a
-    bootstrap interval (2,000 resamples, percentiles, fixed seed). Items are resampled within their task.
+    Scores that are 0 or 1 have a Wilson interval, and their changes Newcombe's; others, and the means
+    over tasks, have a bootstrap interval (2,000 resamples, percentiles, fixed seed). Items are resampled
+    within their task.
 
     Args:
         before: The unedited model's results; None if it was not asked.

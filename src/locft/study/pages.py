@@ -92,9 +92,9 @@ def _table(
         rows.append(
             (
                 *group,
-                *(_text(name, figures[name]) if name in figures else "-" for name in SCORE_NAMES),
-                _range(result.num_steps for result in done),
-                _range((result.seconds_per_edit for result in done), ".2f"),
+                *(score_text(name, figures[name]) if name in figures else "-" for name in SCORE_NAMES),
+                range_text(result.num_steps for result in done),
+                range_text((result.seconds_per_edit for result in done), ".2f"),
                 f"{len(done):,}" + (f" of {len(results):,}" if len(done) < len(results) else ""),
             )
         )
@@ -102,7 +102,8 @@ def _table(
     return Table(columns=columns, rows=tuple(rows))
 
 
-def _text(name: str, figure: Figure) -> str:
+def score_text(name: str, figure: Figure) -> str:
+    """Word a score over seeds, without its count."""
     if figure.value is None:
         return "-"
     digits, factor, unit = (4, 1, "") if name == "drift" else (1, 100, "%")
@@ -112,7 +113,8 @@ def _text(name: str, figure: Figure) -> str:
     return f"{text} [{factor * figure.low:.{digits}f}, {factor * figure.high:.{digits}f}]"
 
 
-def _range(values: Iterable[float], form: str = ",") -> str:
+def range_text(values: Iterable[float], form: str = ",") -> str:
+    """Word the least and the most of some values."""
     found = sorted(values)
     if not found:
         return "-"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from locft.report.schema import EditsInfo, Environment, ModelInfo, Protocol
-from locft.types import Figure, Kind
+from locft.types import CapabilityScores, Figure, Kind
 
 STUDY_VERSION = 1
 Pipeline = Literal["depth-first", "breadth-first"]
@@ -76,6 +76,9 @@ class TrialResult:
         train_s: Training.
         eval_s: Scoring.
         seconds_per_edit: Frozen layers and training, over the number of edits.
+        peak_memory_bytes: The most that was in use by then, of the device on CUDA, of the process
+            elsewhere.
+        capability: What the model can do besides, where that was asked for.
     """
 
     trial: Trial
@@ -91,6 +94,8 @@ class TrialResult:
     train_s: float
     eval_s: float
     seconds_per_edit: float
+    peak_memory_bytes: int
+    capability: CapabilityScores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,7 @@ class Topic:
         protocol: How scores were taken.
         drift_text_sha256: Hash of the neutral text.
         num_passages: How many of its passages drift was measured on.
+        num_scored: How many edits, from the first on, were scored.
     """
 
     version: int
@@ -116,6 +122,7 @@ class Topic:
     protocol: Protocol
     drift_text_sha256: str
     num_passages: int
+    num_scored: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from locft.config import RunConfig
 from locft.data.gather import check_tokens, gather_edits, say_warnings
-from locft.errors import ConfigError, InputError, TrainingError
+from locft.errors import InputError, TrainingError
 from locft.evaluation.drift import NeutralText, first_passages, read_neutral_text
 from locft.evaluation.protocols import locft
 from locft.evaluation.subject import Subject, load_subject
@@ -20,8 +19,10 @@ from locft.model.split import split_model
 from locft.provenance import describe_edits, describe_environment, describe_model, describe_protocol
 from locft.recipe.run_folder import draw
 from locft.report.page import Page
+from locft.report.schema import Environment
 from locft.report.words import seconds_text
-from locft.study.records import STUDY_VERSION, StudyReport, Topic, Trial, TrialResult
+from locft.study.records import STUDY_VERSION, Pipeline, StudyReport, Topic, Trial, TrialResult
+from locft.study.specs import MethodSpec
 from locft.study.store import open_store
 from locft.study.trial import Bench, CacheOf, attach, run_trial, set_up
 from locft.train.cache import build_cache
@@ -30,7 +31,7 @@ from locft.train.loop import Schedule
 from locft.types import Edit
 
 # What trials differ by, or what has no part in them.
-_NOT_SHARED = ("lr", "batch_size", "seed", "location", "eval_batch_size")
+_NOT_SHARED = ("lr", "batch_size", "seed", "location", "prefer", "budget", "eval_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ def prepare(
     num_passages: int,
     config: RunConfig,
     say: Callable[[str], None],
+    *,
+    num_scored: int | None = None,
 ) -> Ground:
     """Read the edits and load the model of a study.
 
@@ -71,6 +74,7 @@ def prepare(
         num_passages: How many passages of neutral text to measure drift on.
         config: The settings.
         say: Called with a line at each step.
+        num_scored: How many edits to score, from the first on; all if None.
 
     Returns:
         The ground of its trials.
@@ -100,6 +104,7 @@ def prepare(
         protocol=describe_protocol(locft.PROTOCOL, config.format),
         drift_text_sha256=text.sha256,
         num_passages=len(text.passages),
+        num_scored=min(num_scored or num_edits, num_edits),
     )
     return Ground(topic=topic, subject=subject, edits=gathered.edits, text=text, config=config)
 
@@ -118,25 +123,28 @@ def choose_lr(ground: Ground, method: Method, location_name: str, given: float |
     return choose_schedule(ground.config, 1, shapes).lr
 
 
-def _schedule_of(trial: Trial, config: RunConfig) -> Schedule:
+def make_trial(
+    ground: Ground, spec: MethodSpec, pipeline: Pipeline, batch_size: int, seed: int
+) -> Trial:
+    """Make the trial of a method with its own settings, on all edits."""
+    name = spec.given.get("location", ground.config.location)
+    location = resolve_location(ground.subject.loaded.model, name).name
+    return Trial(
+        method=spec.method.name,
+        settings=spec.settings,
+        location=location if spec.method.uses_location else None,
+        pipeline=pipeline,
+        batch_size=1 if pipeline == "depth-first" else batch_size,
+        lr=choose_lr(ground, spec.method, name, spec.given.get("lr")),
+        seed=seed,
+        num_edits=len(ground.edits),
+    )
+
+
+def schedule_of(trial: Trial, config: RunConfig) -> Schedule:
+    """Say how long and how fast a trial is trained."""
     own = replace(config, batch_size=trial.batch_size, lr=trial.lr, seed=trial.seed)
     return choose_schedule(own, trial.num_edits, [(1, 1)])  # shapes decide on the learning rate alone
-
-
-def settings_of(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a method's settings together.
-
-    Raises:
-        ConfigError: It has no such setting, or the value is of another type.
-    """
-    for name, value in given.items():
-        if name not in method.settings:
-            known = ", ".join(("lr", *method.settings))
-            raise ConfigError(f"method {method.name} has no setting {name!r}: expected one of {known}")
-        if type(value) is not type(method.settings[name]):
-            kind = type(method.settings[name]).__name__
-            raise ConfigError(f"setting {method.name}.{name} is {value!r}: expected {kind}")
-    return {**method.settings, **given}
 
 
 def run_trials(
@@ -166,47 +174,87 @@ def run_trials(
     Raises:
         InputError: The folder cannot be used.
     """
-    with open_store(output, ground.topic) as store:
+    bench: list[Bench] = []
+
+    def run(trial: Trial) -> TrialResult:
+        if not bench:
+            try_methods(ground, trials)
+            say("asking the unedited model")
+            num_scored = ground.topic.num_scored
+            bench.append(set_up(ground.subject, ground.edits, num_scored, ground.text, ground.config))
+        return run_trial(bench[0], trial, schedule_of(trial, ground.config), cache_of)
+
+    environment = describe_environment(ground.subject.loaded.model.device)
+    return do_trials(
+        ground.topic, trials, output, run, describe, say, environment=environment, weight=weight
+    )
+
+
+def do_trials(
+    topic: Topic,
+    trials: Sequence[Trial],
+    output: Path,
+    run: Callable[[Trial], TrialResult],
+    describe: Callable[[StudyReport], Page],
+    say: Callable[[str], None],
+    *,
+    environment: Environment,
+    weight: Callable[[Trial], float] = lambda _: 1.0,
+) -> tuple[StudyReport, Page]:
+    """Do those trials that are not done yet, as `run_trials`, in whatever way `run` does one.
+
+    Args:
+        topic: What they have in common.
+        trials: The trials, in the order in which they are done and shown.
+        output: The folder.
+        run: Does a trial.
+        describe: Makes the page of a report.
+        say: Called with a line at each step.
+        environment: Where they are done.
+        weight: How long a trial takes, beside others.
+
+    Returns:
+        The report, and its page.
+
+    Raises:
+        InputError: The folder cannot be used.
+    """
+    with open_store(output, topic) as store:
         missing = [trial for trial in trials if store.find(trial) is None]
         if len(missing) < len(trials):
             say(f"{len(trials) - len(missing):,} of {len(trials):,} trials are done already")
-        if missing:
-            _try_methods(ground, missing)
-            say("asking the unedited model")
-            bench = set_up(ground.subject, ground.edits, ground.text, ground.config)
-            for result in _run(bench, ground, missing, say, cache_of, weight):
-                store.add(result)
+        for result in _in_turn(missing, run, say, weight):
+            store.add(result)
         found = [store.find(trial) for trial in trials]
         report = StudyReport(
-            topic=ground.topic,
+            topic=topic,
             trials=tuple(result for result in found if result is not None),
-            environment=describe_environment(ground.subject.loaded.model.device),
+            environment=environment,
         )
         page = describe(report)
         store.write({**draw(page), "report.json": _to_bytes(report)})
     return report, page
 
 
-def _try_methods(ground: Ground, missing: Sequence[Trial]) -> None:
+def try_methods(ground: Ground, trials: Sequence[Trial]) -> None:
     """Refuse methods that cannot edit this model, before anything is trained.
 
     Raises:
         ModelError: A method cannot edit it.
         MissingExtraError: A method needs what is not installed.
     """
-    for trial in {trial.method: trial for trial in missing}.values():
-        with attach(ground.subject, trial, _schedule_of(trial, ground.config)) as tuning:
+    for trial in {trial.method: trial for trial in trials}.values():
+        with attach(ground.subject, trial, schedule_of(trial, ground.config)) as tuning:
             split_model(ground.subject.loaded.model, tuning.layer)
 
 
-def _run(
-    bench: Bench,
-    ground: Ground,
+def _in_turn(
     missing: Sequence[Trial],
+    run: Callable[[Trial], TrialResult],
     say: Callable[[str], None],
-    cache_of: CacheOf,
     weight: Callable[[Trial], float],
 ) -> Iterator[TrialResult]:
+    """Do trials one after the other, and say how long the others will take."""
     began = time.perf_counter()
     done = 0.0
     for number, trial in enumerate(missing):
@@ -216,10 +264,10 @@ def _run(
             left = f"; about {seconds_text((time.perf_counter() - began) / done * rest)} left"
         say(f"trial {number + 1:,} of {len(missing):,}: {trial.name}{left}")
         try:
-            yield run_trial(bench, trial, _schedule_of(trial, ground.config), cache_of)
+            yield run(trial)
         except TrainingError as error:
             say(f"it failed: {error}")
-            yield _failed(trial, str(error))
+            yield failed_trial(trial, str(error))
         done += weight(trial)
 
 
@@ -228,7 +276,8 @@ def _to_bytes(report: StudyReport) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _failed(trial: Trial, failure: str) -> TrialResult:
+def failed_trial(trial: Trial, failure: str) -> TrialResult:
+    """Record a trial whose training could not go on."""
     return TrialResult(
         trial=trial,
         failure=failure,
@@ -243,4 +292,5 @@ def _failed(trial: Trial, failure: str) -> TrialResult:
         train_s=0.0,
         eval_s=0.0,
         seconds_per_edit=0.0,
+        peak_memory_bytes=0,
     )

@@ -1,11 +1,12 @@
 """One trial: a model trained by a method, in some order of the edits, and scored."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from locft.config import RunConfig
 from locft.data.encode import Encoded
@@ -17,7 +18,7 @@ from locft.evaluation.subject import Reader, Subject, drift_of_values
 from locft.methods import METHODS, Plan, Tuning
 from locft.model.split import Split, split_model
 from locft.model.weights import swapped_in
-from locft.provenance import Stopwatch, describe_scores
+from locft.provenance import Stopwatch, describe_scores, peak_memory_bytes
 from locft.report.schema import ProtocolScores
 from locft.study.records import Moment, Trial, TrialResult
 from locft.train.cache import PrefixCache, build_cache
@@ -36,7 +37,7 @@ class Bench:
         edits: The edits.
         text: What drift is measured on.
         config: The settings that all trials share.
-        way: How answers are scored.
+        num_scored: How many of the edits are scored, from the first on.
         items: What is scored, with the unedited model's answers where they are the standard.
         before: What the unedited model makes of them.
     """
@@ -45,14 +46,23 @@ class Bench:
     edits: tuple[Edit, ...]
     text: NeutralText
     config: RunConfig
-    way: Way
+    num_scored: int
     items: Sequence[Item]
     before: Sequence[Result]
 
+    @property
+    def way(self) -> Way:
+        """How answers are scored."""
+        return Way(locft.PROTOCOL, self.config.format)
+
+    def items_of(self, num_edits: int) -> Sequence[Item]:
+        """Give what is scored where only the first edits are in."""
+        return self.items[: len(items_of(self.edits[: min(num_edits, self.num_scored)]))]
+
     def score(self, after: Sequence[Result]) -> tuple[dict[Kind, str], ProtocolScores]:
         """Tell what was answered as expected, and the scores that this comes to."""
-        way = self.way
-        records = record_answers({way: self.items}, {way: self.before}, {way: after})[way]
+        way, items, before = self.way, self.items[: len(after)], self.before[: len(after)]
+        records = record_answers({way: items}, {way: before}, {way: after})[way]
         scores = describe_scores(way.protocol, way.context, records, has_unedited=True)
         right = {
             kind: "".join("1" if one.score_after == 1 else "0" for one in records if one.kind == kind)
@@ -61,17 +71,19 @@ class Bench:
         return right, scores
 
 
-def set_up(subject: Subject, edits: Sequence[Edit], text: NeutralText, config: RunConfig) -> Bench:
+def set_up(
+    subject: Subject, edits: Sequence[Edit], num_scored: int, text: NeutralText, config: RunConfig
+) -> Bench:
     """Ask the unedited model once, for all trials."""
     way = Way(locft.PROTOCOL, config.format)
     reader = _reader(subject, config, "unedited", ())
-    items, before = measure_unedited({way.context: reader}, {way: items_of(edits)})
+    items, before = measure_unedited({way.context: reader}, {way: items_of(edits[:num_scored])})
     return Bench(
         subject=subject,
         edits=tuple(edits),
         text=text,
         config=config,
-        way=way,
+        num_scored=num_scored,
         items=items[way],
         before=before[way],
     )
@@ -82,7 +94,11 @@ CacheOf = Callable[[Split, Sequence[Encoded]], PrefixCache]
 
 
 def run_trial(
-    bench: Bench, trial: Trial, schedule: Schedule, cache_of: CacheOf = build_cache
+    bench: Bench,
+    trial: Trial,
+    schedule: Schedule,
+    cache_of: CacheOf = build_cache,
+    on_trained: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
 ) -> TrialResult:
     """Train a model as a trial says, score it, and leave it unedited.
 
@@ -91,6 +107,7 @@ def run_trial(
         trial: The trial.
         schedule: How long and how fast.
         cache_of: Gives the cached states of its examples.
+        on_trained: Called with what training made of the model's parameters, once it is scored.
 
     Returns:
         What came of it.
@@ -128,10 +145,12 @@ def run_trial(
         num_parameters = _num_parameters(tuning)
     with swapped_in(network, values):
         reader = _reader(subject, bench.config, "edited", edits)
-        after = measure_model({bench.way.context: reader}, {bench.way: bench.items})[bench.way]
+        items = bench.items_of(len(edits))
+        after = measure_model({bench.way.context: reader}, {bench.way: items})[bench.way]
     right, scores = bench.score(after)
     drift = drift_of_values(subject, values, bench.text)
     watch.lap("eval")
+    on_trained(values)
     return TrialResult(
         trial=trial,
         before=scores.before or {},
@@ -145,6 +164,7 @@ def run_trial(
         train_s=watch.spent["train"],
         eval_s=watch.spent["eval"],
         seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(edits),
+        peak_memory_bytes=peak_memory_bytes(network.device),
     )
 
 

@@ -1,0 +1,95 @@
+"""Names a method with settings of its own: ``lora:rank=16,lr=0.002``."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from locft.errors import ConfigError
+from locft.methods import METHODS, Method, choose_methods
+from locft.study.records import Pipeline
+
+_KINDS: Mapping[str, Callable[[str], Any]] = {
+    "lr": float,
+    "location": str,
+    "pipeline": str,
+    "batch_size": int,
+}
+"""What may be set of every method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A method with settings of its own.
+
+    Attributes:
+        text: As it was asked for.
+        method: The method.
+        settings: All of the method's settings.
+        given: What was set of `lr`, `location`, `pipeline` and `batch_size`.
+    """
+
+    text: str
+    method: Method
+    settings: Mapping[str, Any]
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_specs(texts: Sequence[str], varied: Collection[str] = ()) -> tuple[MethodSpec, ...]:
+    """Read methods with their settings.
+
+    Args:
+        texts: ``NAME`` or ``NAME:KEY=VALUE,KEY=VALUE`` each.
+        varied: What may not be set, since a study varies it.
+
+    Returns:
+        The methods, in order.
+
+    Raises:
+        ConfigError: A method or setting is unknown, a value is of another type, or a text is there
+            twice.
+    """
+    if not texts or len(set(texts)) < len(texts):
+        raise ConfigError(f"methods are named once each: expected one or more of {', '.join(METHODS)}")
+    return tuple(_parse(text, varied) for text in texts)
+
+
+def _parse(text: str, varied: Collection[str]) -> MethodSpec:
+    name, _, rest = text.partition(":")
+    [method] = choose_methods((name,))
+    kinds: dict[str, Callable[[str], Any]] = {
+        key: kind for key, kind in _KINDS.items() if key not in varied
+    }
+    if not method.uses_location:
+        kinds.pop("location", None)
+    kinds |= {key: type(value) for key, value in method.settings.items()}
+    values: dict[str, Any] = {}
+    for part in rest.split(",") if rest else ():
+        key, is_given, value = part.partition("=")
+        if key not in kinds:
+            raise ConfigError(
+                f"method {text!r} has no setting {key!r}: expected some of {', '.join(kinds)}"
+            )
+        try:
+            values[key] = kinds[key](value) if is_given else None
+        except ValueError:
+            values[key] = None
+        if values[key] is None:
+            kind = getattr(kinds[key], "__name__", "")
+            raise ConfigError(f"method {text!r}: {key} is {value!r}: expected {key}={kind.upper()}")
+    _refuse_out_of_range(text, values)
+    return MethodSpec(
+        text=text,
+        method=method,
+        settings={key: values.get(key, value) for key, value in method.settings.items()},
+        given={key: value for key, value in values.items() if key in _KINDS},
+    )
+
+
+def _refuse_out_of_range(text: str, values: Mapping[str, Any]) -> None:
+    pipeline = values.get("pipeline")
+    if pipeline is not None and pipeline not in get_args(Pipeline):
+        known = " or ".join(get_args(Pipeline))
+        raise ConfigError(f"method {text!r}: pipeline is {pipeline!r}: expected {known}")
+    for key, value in values.items():
+        if isinstance(value, int | float) and key != "orthogonality" and not value > 0:
+            raise ConfigError(f"method {text!r}: {key} is {value}: expected a number over 0")
