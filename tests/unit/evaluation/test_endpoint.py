@@ -362,7 +362,8 @@ def test_a_run_goes_on_where_a_server_that_died_left_it(cache_path: Path) -> Non
         with AnswerCache(cache_path, keep=False) as cache:
             assert asked(endpoint, *PROMPTS, cache=cache) == {prompt: echo(prompt) for prompt in PROMPTS}
             assert cache.num_found == 4
-        assert server.prompts == PROMPTS[4:]
+        # What was on its way when the run broke off may arrive late, too.
+        assert set(server.prompts) == set(PROMPTS[4:])
         # The run is whole, and the server may get another model now.
         with AnswerCache(cache_path, keep=False) as cache:
             asked(endpoint, *PROMPTS, cache=cache)
