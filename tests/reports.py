@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from locft.evaluation.metrics import mean, mean_per_token, paired_difference
+from locft.evaluation.metrics import mean, mean_per_token, paired_difference, share
+from locft.patch.format import Patch, PatchTensor, write_patch
+from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
 from locft.report.schema import (
     SCHEMA_VERSION,
     ComparedRun,
@@ -28,6 +31,7 @@ from locft.report.schema import (
     TrainingInfo,
 )
 from locft.report.words import PROTOCOL_SCORES
+from locft.tensorfile import hash_tensor
 from locft.types import (
     KINDS,
     AnswerRecord,
@@ -144,8 +148,21 @@ def fit_report(
             report.change,
             answers,
         )
+        own = [
+            one.kind
+            for one in answers
+            if (one.protocol, one.context) == (report.protocol.name, report.protocol.context)
+        ]
+        counts = {kind: own.count(kind) for kind in KINDS}
+        edits = dataclasses.replace(
+            report.edits,
+            num_edits=counts["reliability"],
+            num_rephrases=counts["generalization"],
+            num_locality=counts["locality"],
+        )
         return dataclasses.replace(
             report,
+            edits=edits,
             scores_before=Scores(**before),
             scores=Scores(**{**after, "drift": drift.overall}),
             change=change,
@@ -158,6 +175,31 @@ def fit_report(
     return dataclasses.replace(report, protocols=protocols, contexts=contexts, drift=drift)
 
 
+def make_whole(run: Path, edits_sha256: str = "e" * 64) -> Path:
+    """Give the folder of an edit run what it holds beside what was measured, its patch included."""
+    for name in ("edits.jsonl", "train.jsonl"):
+        (run / name).write_text("{}\n")
+    data = bytes(16)
+    tensor = PatchTensor(
+        dtype="F32",
+        shape=(2, 2),
+        data=data,
+        old_sha256="0" * 64,
+        new_sha256=hash_tensor("F32", (2, 2), data),
+    )
+    manifest = PatchManifest(
+        locft_version="0.1.0",
+        model=PatchModel(id="plain", revision=None),
+        location=PatchLocation(name="2.mlp.down", layer=2, module="mlp.down", num_parameters=4),
+        dtype="F32",
+        settings={},
+        num_edits=2,
+        edits_sha256=edits_sha256,
+    )
+    write_patch(Patch(tensors={"w": tensor}, manifest=manifest), run / "patch")
+    return run
+
+
 def _fit_protocol(scores: ProtocolScores, answers: Sequence[AnswerRecord]) -> ProtocolScores:
     before, after, change = _fit_scores(
         scores.protocol, scores.before or {}, scores.after, scores.change or {}, answers
@@ -168,6 +210,11 @@ def _fit_protocol(scores: ProtocolScores, answers: Sequence[AnswerRecord]) -> Pr
         after=after,
         change=None if scores.change is None else change,
     )
+
+
+def _mean(values: Sequence[float]) -> Figure:
+    is_share = values and set(values) <= {0.0, 1.0}
+    return share(round(sum(values)), len(values)) if is_share else mean(values)
 
 
 def _fit_scores(
@@ -187,10 +234,10 @@ def _fit_scores(
             if one.score_before is not None and one.score_after is not None
         ]
         if name in before:
-            early[name] = mean([was for was, _ in pairs])
-            late[name] = mean([now for _, now in pairs])
+            early[name] = _mean([was for was, _ in pairs])
+            late[name] = _mean([now for _, now in pairs])
         elif name in after:
-            late[name] = mean([one.score_after for one in found if one.score_after is not None])
+            late[name] = _mean([one.score_after for one in found if one.score_after is not None])
         if name in change:
             moved[name] = paired_difference([was for was, _ in pairs], [now for _, now in pairs])
     return early, late, moved

@@ -2,13 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from reports import fit_report, make_answers, make_evaluation, make_passages, make_report
+from reports import (
+    fit_report,
+    make_answers,
+    make_evaluation,
+    make_passages,
+    make_report,
+    make_whole,
+)
 
 from locft.cli.main import main
 from locft.recipe.run_folder import Run, save_evaluation, save_scored
@@ -57,7 +65,7 @@ def fill(folder: Path, files: dict[str, bytes]) -> str:
 @pytest.fixture
 def run(tmp_path: Path, contents: dict[str, dict[str, bytes]]) -> str:
     folder = fill(tmp_path / "run", contents["plain"])
-    (tmp_path / "run" / "patch").mkdir()
+    make_whole(tmp_path / "run")
     return folder
 
 
@@ -118,7 +126,7 @@ def test_what_a_report_does_without_is_told(
     told, _ = capsys.readouterr().err.splitlines()
     assert told.startswith(f"locft: left out: {old}/report.json: an older locft wrote it")
     assert told.endswith(f"`locft eval MODEL {run}/edits.jsonl --patch {run} -o NEW`")
-    (Path(run) / "patch").rmdir()
+    shutil.rmtree(Path(run) / "patch")
     assert report(run, "--json") == 0
     told, missing = capsys.readouterr().err.splitlines()
     assert "--patch" not in told
@@ -133,7 +141,7 @@ def test_json_is_the_run_s_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = fill(tmp_path / "folder", contents[kind])
-    (tmp_path / "folder" / "patch").mkdir()
+    make_whole(tmp_path / "folder")
     assert report(folder, "--json") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -155,7 +163,7 @@ def test_runs_are_compared_in_tables(
         "B against A: no clear difference in reliability, generalization, drift.",
         "Runs",
         "Scores",
-        "50.0% [0.0, 100.0] of 2",
+        "50.0% [9.5, 90.5] of 2",
         "Differences",
         "+0.0 [",
         "against A",

@@ -14,7 +14,7 @@ from locft.report.page import Block, Command, Fold, Page, Picture
 from locft.report.page import Table as PageTable
 from locft.report.page import Text as PageText
 from locft.report.schema import Cost, EditReport, EvalReport
-from locft.report.sections import capability_table, context_table
+from locft.report.sections import capability_table, context_table, no_drift
 from locft.report.words import (
     MEANINGS,
     SCORE_NAMES,
@@ -131,6 +131,7 @@ def show_evaluation(
         before, after, meanings = scores.before, scores.after, scores.protocol.meanings
         if drift is not None and number == 0:
             after = {**after, "drift": drift.overall}
+            before = None if before is None else {**before, "drift": no_drift(drift)}
             meanings = {**meanings, "drift": MEANINGS["drift"]}
         title = f"protocol {name}, with 95% intervals: {scores.protocol.match}"
         show_scores(console, title, before, after, scores.change, meanings)

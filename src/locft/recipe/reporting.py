@@ -1,16 +1,24 @@
 """Draw runs again, alone or side by side, from what they left on the disk (no torch)."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from locft.errors import InputError
+from locft.errors import InputError, PatchError
 from locft.evaluation.metrics import mean_per_token, paired_difference
-from locft.patch.format import PATCH_FOLDER
+from locft.patch.format import PATCH_FOLDER, open_patch
 from locft.publish import add_files, locked
-from locft.recipe.run_folder import REPORT_FILE, Run, draw, read_run, write_folder
+from locft.recipe.run_folder import (
+    EDITS_FILE,
+    REPORT_FILE,
+    TRAINING_FILE,
+    Run,
+    draw,
+    read_run,
+    write_folder,
+)
 from locft.report.comparison import describe_comparison
 from locft.report.content import evaluated_name
 from locft.report.page import Page
@@ -52,13 +60,17 @@ def redraw(
         InputError: `output` is taken, or cannot be written to.
     """
     run = read_run(Path(folder), say)
-    if isinstance(run.report, EditReport) and not (run.folder / PATCH_FOLDER).is_dir():
-        say(f"{folder}: holds no {PATCH_FOLDER}/ any more, only what was measured of it")
+    if isinstance(run.report, EditReport):
+        for line in _what_is_amiss(run.folder, run.report):
+            say(line)
     files = draw(run.page())
     if output is not None:
         files[REPORT_FILE] = to_bytes(run.report)
         write_folder(Path(output), files)
         return run.report, [Path(output) / name for name in files]
+    taken = [run.folder / name for name in files if (run.folder / name).is_dir()]
+    if taken:
+        raise InputError(f"{taken[0]}: is a folder: expected a file, or nothing; -o DIR draws elsewhere")
     try:
         with locked(run.folder):
             add_files(run.folder, files)
@@ -69,6 +81,23 @@ def redraw(
     except InputError as error:
         raise InputError(f"{error}; -o DIR draws it elsewhere") from error
     return run.report, [run.folder / name for name in files]
+
+
+def _what_is_amiss(folder: Path, report: EditReport) -> Iterator[str]:
+    """Tell what of an edit run beside its report is not there any more, or is another run's."""
+    for name in (EDITS_FILE, TRAINING_FILE):
+        if not (folder / name).is_file():
+            yield f"{folder}: holds no {name} any more"
+    if not (folder / PATCH_FOLDER).is_dir():
+        yield f"{folder}: holds no {PATCH_FOLDER}/ any more, only what was measured of it"
+        return
+    try:
+        manifest = open_patch(folder).manifest
+    except PatchError as error:
+        yield f"the patch cannot be used: {error}"
+        return
+    if manifest.edits_sha256 != report.edits.sha256:
+        yield f"{folder / PATCH_FOLDER}: is of other edits than the report, which says nothing about it"
 
 
 def compare_runs(

@@ -139,7 +139,7 @@ def read_run(folder: Path, say: Callable[[str], None] = lambda _: None) -> Run:
         run = _read_alone(folder)
     if not isinstance(run.report, EditReport):
         return run
-    return replace(run, evaluations=tuple(_evaluations(folder, say)))
+    return replace(run, evaluations=tuple(_evaluations(folder, run.report.edits.sha256, say)))
 
 
 def _read_alone(folder: Path) -> Run:
@@ -156,7 +156,7 @@ def _read_alone(folder: Path) -> Run:
     return Run(folder=folder, report=report, answers=answers, passages=passages)
 
 
-def _evaluations(folder: Path, say: Callable[[str], None]) -> Iterator[Evaluated]:
+def _evaluations(folder: Path, edits_sha256: str, say: Callable[[str], None]) -> Iterator[Evaluated]:
     """Read the evaluations that stand within a run folder, in the order of their names."""
     try:
         # A hidden one is being written, or a killed writer left it.
@@ -168,9 +168,18 @@ def _evaluations(folder: Path, say: Callable[[str], None]) -> Iterator[Evaluated
             if not (path / REPORT_FILE).is_file():
                 continue
             with _way_out(path):
-                if _read_record(path).get("kind") in ("edit", "comparison"):
+                kind = _read_record(path).get("kind")
+                if kind == "comparison":
+                    continue
+                if kind == "edit":
+                    say(f"left out: {path}: is an edit run of its own, and no evaluation of this one")
                     continue
                 found = _read_alone(path)
+                if found.report.edits.sha256 != edits_sha256:
+                    raise RunError(
+                        f"{path / REPORT_FILE}: is of other edits than the run (sha256 "
+                        f"{found.report.edits.sha256[:12]}, not {edits_sha256[:12]})"
+                    )
         except RunError as error:
             say(f"left out: {error}")
             continue

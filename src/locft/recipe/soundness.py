@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 
 from locft.errors import brief, printable
+from locft.evaluation.metrics import share
 from locft.report.schema import DriftInfo, EditReport, EvalReport, ProtocolScores
 from locft.report.words import PROTOCOL_SCORES, some
 from locft.types import KINDS, AnswerRecord, Figure, PassageDrift
@@ -15,6 +16,7 @@ from locft.types import KINDS, AnswerRecord, Figure, PassageDrift
 _MOST_FIFTHS = 5
 _LARGEST = 10**15  # nothing that is measured is larger, and larger numbers cannot all be drawn
 _ROUNDING = 1e-6
+_SHARES = ("locft", "wild")  # protocols by which an item is right or wrong
 _OWN_WORDS = ("settings", "resolved")  # fields that hold whatever settings may be
 _DURATIONS = ("cost", "plan", "parts_s")
 
@@ -85,6 +87,15 @@ def inconsistent_report(report: EditReport | EvalReport) -> str:
     training = report.training
     if not 1 <= len(training.fifths) <= _MOST_FIFTHS:
         return f"field training.fifths has {len(training.fifths):,} parts: expected 1 to {_MOST_FIFTHS}"
+    if training.course:
+        took = (len(training.course), sum(epoch.steps for epoch in training.course))
+        if (training.epochs, training.steps) != took:
+            return (
+                f"field training has {training.epochs:,} epochs and {training.steps:,} steps: expected "
+                f"{took[0]:,} and {took[1]:,}, as training.course has"
+            )
+        if training.final_loss != training.course[-1].loss:
+            return "field training.final_loss is not the loss of the last epoch of training.course"
     for number, epoch in enumerate(training.course):
         if len(epoch.success) != len(training.fifths):
             return (
@@ -116,9 +127,45 @@ def unlike_answers(report: EditReport | EvalReport, answers: Sequence[AnswerReco
             rule = (scores.protocol.name, scores.protocol.context, kind)
             found = [one for one in answers if (one.protocol, one.context, one.kind) == rule]
             for when, figure, values in _sides(scores, name, found):
+                place = f"field {places[when]}.{printable(name)}"
                 if wrong := _unlike(figure, math.fsum(values), len(values)):
-                    return f"field {places[when]}.{printable(name)} is {wrong} by the answers"
+                    return f"{place} is {wrong} by the answers; are they of another run?"
+                is_share = scores.protocol.name in _SHARES and when != "change"
+                if is_share and (wrong := _unlike_interval(figure, values)):
+                    return f"{place} has the interval {wrong} by the answers"
+    if isinstance(report, EditReport):
+        return _miscounted(report, answers)
     return ""
+
+
+def _miscounted(report: EditReport, answers: Sequence[AnswerRecord]) -> str:
+    """Say which count of an edit run is not that of its answers."""
+    edits = report.edits
+    counts = {
+        "reliability": ("num_edits", edits.num_edits),
+        "generalization": ("num_rephrases", edits.num_rephrases),
+        "locality": ("num_locality", edits.num_locality),
+    }
+    rule = (report.protocol.name, report.protocol.context)
+    for kind, (field, count) in counts.items():
+        found = sum((one.protocol, one.context) == rule and one.kind == kind for one in answers)
+        if found != count:
+            return f"field edits.{field} is {count:,}, and {found:,} by the answers"
+    return ""
+
+
+def _unlike_interval(figure: Figure, values: Sequence[float]) -> str:
+    """Say what interval a share has and should have, if that is not the same."""
+    if figure.reason is not None or not set(values) <= {0.0, 1.0}:
+        return ""
+    right = share(round(sum(values)), len(values))
+    if _is_close(figure.low, right.low) and _is_close(figure.high, right.high):
+        return ""
+    return f"[{_end(figure.low)}, {_end(figure.high)}], and [{_end(right.low)}, {_end(right.high)}]"
+
+
+def _end(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
 
 
 def _all_scores(report: EditReport | EvalReport) -> Iterator[tuple[dict[str, str], ProtocolScores]]:
@@ -165,6 +212,9 @@ def unlike_passages(drift: DriftInfo, passages: Sequence[PassageDrift]) -> str:
     kinds: dict[str, list[PassageDrift]] = {}
     for one in passages:
         kinds.setdefault(one.kind, []).append(one)
+    if passages and kinds.keys() != drift.by_kind.keys():
+        found_kinds = some(sorted(map(printable, kinds)))
+        return f"field drift.by_kind has other kinds than the passages: {found_kinds}"
     places = [("overall", drift.overall, list(passages))]
     places += [
         (f"by_kind.{printable(kind)}", figure, kinds.get(kind, []))

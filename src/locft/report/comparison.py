@@ -149,8 +149,7 @@ def _differences(report: ComparisonReport) -> tuple[Block, ...]:
     picture = draw_changes(f"Differences from run {first}", shares)
     rows = [
         (
-            one.run,
-            one.score,
+            f"{one.run}, {one.score}",
             _difference_text(one.score, one.figure),
             _paired_text(one),
         )
@@ -158,7 +157,7 @@ def _differences(report: ComparisonReport) -> tuple[Block, ...]:
     ]
     return (
         *drawn(picture),
-        Table(columns=("run", "score", f"against {first}", "paired items"), rows=tuple(rows)),
+        Table(columns=("run and score", f"against {first}", "paired items"), rows=tuple(rows)),
         Text(
             "Differences are paired: only items that both runs have count (the same prompt, with the "
             "same expected answer; the same passage). 95% intervals: Newcombe for shares, else a "
@@ -175,10 +174,11 @@ def _paired_text(one: Difference) -> str:
 
 
 def _front(runs: Sequence[ComparedRun]) -> tuple[Block, ...]:
+    # Runs on other edits have no place on it.
     points = [
         FrontPoint(name=run.name, generalization=run.scores["generalization"], drift=run.scores["drift"])
         for run in runs
-        if {"generalization", "drift"} <= run.scores.keys()
+        if {"generalization", "drift"} <= run.scores.keys() and run.edits_sha256 == runs[0].edits_sha256
     ]
     picture = draw_front(points)
     if picture is None:
@@ -186,7 +186,6 @@ def _front(runs: Sequence[ComparedRun]) -> tuple[Block, ...]:
     best = _front_names(points)
     return (
         picture,
-        *_other_edits([run for run in runs if {"generalization", "drift"} <= run.scores.keys()]),
         Text(
             f"On the front, where no other run carries at least as far for at most as much harm: "
             f"{', '.join(best)}."

@@ -1,5 +1,6 @@
 """Says what stands in the report of a run, in which order: the judgement first, then its grounds."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,10 @@ def describe_edit(
             blocks=(
                 provenance_table(report.environment, report.edits),
                 Text("To repeat it, from where this run was made:"),
-                Command("locft edit MODEL RUN/edits.jsonl --config RUN/run.toml -o NEW"),
+                Command(
+                    f"locft edit {shlex.quote(report.model.id)} RUN/edits.jsonl --config RUN/run.toml "
+                    "-o NEW"
+                ),
             ),
         ),
     ]

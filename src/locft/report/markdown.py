@@ -16,7 +16,7 @@ def draw_markdown(page: Page) -> str:
     Returns:
         The text of `report.md`.
     """
-    lines = [f"# {_escape(page.title)}", "", f"**{_escape(page.verdict)}**", ""]
+    lines = [f"# {_escape(page.title)}", "", f"**{_escape(page.verdict, limit=None)}**", ""]
     for section in page.sections:
         blocks = [line for block in section.blocks for line in _draw(block, level=3)]
         if blocks:

@@ -204,8 +204,9 @@ def draw_success(course: Sequence[Epoch], fifths: Sequence[int]) -> Picture:
     axes.set_ylim(-4, 104)
     axes.set_xlabel("epoch")
     axes.set_ylabel("% of target tokens right")
-    axes.legend(
-        loc="lower right",
+    # Beside the curves, which may run anywhere.
+    drawing.legend(
+        loc="outside right upper",
         fontsize=8,
         title="part (edits)" if len(fifths) > 1 else None,
         title_fontsize=8,

@@ -70,17 +70,13 @@ def how_scored(protocol: Protocol) -> str:
     """Say how scores were taken, and what their intervals are."""
     names = {".": '"."', "\n": "newline"}
     stops = [names.get(stop, stop) for stop in protocol.stop]
-    answered = (
-        f"; greedy decoding, at most {protocol.max_new_tokens} new tokens, stop at {', '.join(stops)}"
-        if protocol.max_new_tokens is not None
-        else ""
-    )
+    ended = f" Answers end at {', '.join(stops)}." if stops else ""
     return (
         "In brackets: 95% intervals (Wilson for shares, Newcombe for changes of shares on the same "
         "prompts; for other means a bootstrap over items or passages, or, where all of them agree, the "
         "bound on what was not seen, by Clopper and Pearson). Scored after all edits were in, on a "
-        f"freshly loaded model. Protocol {protocol.name}, context {protocol.context}: "
-        f"{protocol.match}{answered}. {protocol.rule}"
+        f"freshly loaded model. Protocol {protocol.name}, context {protocol.context}: {protocol.rule}"
+        f"{ended}"
     )
 
 

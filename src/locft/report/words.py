@@ -70,9 +70,10 @@ def verdict(scores: Mapping[str, Figure], num_edits: int, *, by_answers: bool = 
         elif name == "reliability":
             parts.append(f"{round(value * figure.num):,} of {num_edits:,} edits took")
         elif name == "generalization":
-            parts.append(f"{100 * value:.0f}% of rephrases follow")
+            parts.append(f"{round(value * figure.num):,} of {figure.num:,} rephrases follow")
         elif name == "locality":
-            parts.append(f"{100 * (1 - value):.0f}% of other prompts are answered differently")
+            changed = figure.num - round(value * figure.num)
+            parts.append(f"{changed:,} of {figure.num:,} other prompts are answered differently")
     return "; ".join(parts or ["nothing was measured"]) + "."
 
 

@@ -17,6 +17,7 @@ from reports import (
     make_evaluation,
     make_passages,
     make_report,
+    make_whole,
 )
 
 from locft.errors import InputError, RunError
@@ -265,8 +266,8 @@ def test_runs_of_other_edits_have_no_item_in_common(tmp_path: Path) -> None:
         figure = difference(report, score)
         assert figure == Figure(value=None, num=0, reason="the runs have no item in common")
         assert counts(report, score) == (2, 2)
-    rows = {row[1]: row[2:] for row in table(page, "Differences").rows}
-    assert rows["reliability"] == (
+    rows = {row[0]: row[1:] for row in table(page, "Differences").rows}
+    assert rows["B, reliability"] == (
         "not comparable (the runs have no item in common)",
         "0 of 2 and 2",
     )
@@ -417,8 +418,8 @@ def test_the_difference_of_drift_is_the_mean_per_token_over_the_same_passages(tm
     assert figure.low == pytest.approx(-0.01)
     assert figure.high == pytest.approx(0.04)
     assert counts(report, "drift") == (2, 2)
-    rows = {row[1]: row[2] for row in table(page, "Differences").rows}
-    assert rows["drift"] == "+0.0025 [-0.0100, +0.0400] nats per token"
+    rows = {row[0]: row[1] for row in table(page, "Differences").rows}
+    assert rows["B, drift"] == "+0.0025 [-0.0100, +0.0400] nats per token"
 
 
 def test_one_passage_gives_a_difference_without_an_interval(tmp_path: Path) -> None:
@@ -429,8 +430,8 @@ def test_one_passage_gives_a_difference_without_an_interval(tmp_path: Path) -> N
     report, page = compare_runs(folders)
     figure = difference(report, "drift")
     assert figure == Figure(value=0.5, num=1, reason="one passage gives no interval")
-    rows = {row[1]: row[2] for row in table(page, "Differences").rows}
-    assert rows["drift"] == "+0.5000 nats per token (one passage gives no interval)"
+    rows = {row[0]: row[1] for row in table(page, "Differences").rows}
+    assert rows["B, drift"] == "+0.5000 nats per token (one passage gives no interval)"
     assert page.verdict.startswith("B against A: no clear difference in drift; nothing to pair for ")
 
 
@@ -451,8 +452,8 @@ def test_drift_on_other_text_is_not_compared(
     report, page = compare_runs([first, second])
     reason = "drift was measured on different text"
     assert difference(report, "drift") == Figure(value=None, num=0, reason=reason)
-    rows = {row[1]: row[2] for row in table(page, "Differences").rows}
-    assert rows["drift"] == f"not comparable ({reason})"
+    rows = {row[0]: row[1] for row in table(page, "Differences").rows}
+    assert rows["B, drift"] == f"not comparable ({reason})"
 
 
 def test_drift_that_one_run_lacks_is_not_compared(tmp_path: Path) -> None:
@@ -594,11 +595,11 @@ def test_the_tables_show_what_the_json_holds(tmp_path: Path) -> None:
     differences = table(page, "Differences")
     assert len(differences.rows) == len(shown["differences"])
     for row, one in zip(differences.rows, shown["differences"], strict=True):
-        assert row[:2] == (one["run"], one["score"])
-        assert row[3] == str(one["figure"]["num"])
+        assert row[0] == f"{one['run']}, {one['score']}"
+        assert row[2] == str(one["figure"]["num"])
         value = one["figure"]["value"]
         start = f"{value:+.4f} [" if one["score"] == "drift" else f"{100 * value:+.1f} ["
-        assert row[2].startswith(start)
+        assert row[1].startswith(start)
     assert table(page, "Cost").rows == (
         ("A", "0.25 s", "1 h 02 min", "1.5 GB", "9.4 kB"),
         ("B", "1.5 s", "30.0 s", "1.5 GB", "3.5 MB"),
@@ -691,24 +692,68 @@ def test_a_run_is_drawn_into_another_folder(tmp_path: Path) -> None:
     assert listing(run) == {**whole, "report.md": b"gone"}
 
 
+def said_of(folder: Path) -> list[str]:
+    said: list[str] = []
+    redraw(folder, say=said.append)
+    return said
+
+
 def test_what_a_report_does_without_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "draw", lambda page: {})
     run = save_run(tmp_path / "run", make_answers())
     evaluation = save_measured(run / "wild", make_answers())
-    (run / "patch").mkdir()
-
-    def said_of(folder: Path) -> list[str]:
-        said: list[str] = []
-        redraw(folder, say=said.append)
-        return said
-
+    make_whole(run)
     assert said_of(run) == said_of(evaluation) == []
-    (run / "patch").rmdir()
+    shutil.rmtree(run / "patch")
     assert said_of(run) == [f"{run}: holds no patch/ any more, only what was measured of it"]
     assert said_of(evaluation) == []
     (evaluation / "answers.jsonl").unlink()
     missing, _ = said_of(run)
     assert missing.startswith(f"left out: {evaluation / 'answers.jsonl'}: is missing")
+
+
+@pytest.mark.parametrize("name", ["edits.jsonl", "train.jsonl"])
+def test_a_file_that_a_run_does_not_hold_any_more_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(reporting, "draw", lambda page: {})
+    run = make_whole(save_run(tmp_path / "run", make_answers()))
+    (run / name).unlink()
+    assert said_of(run) == [f"{run}: holds no {name} any more"]
+
+
+def test_a_patch_that_is_damaged_or_of_other_edits_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "draw", lambda page: {})
+    run = make_whole(save_run(tmp_path / "run", make_answers()))
+    shutil.rmtree(run / "patch")
+    make_whole(run, edits_sha256="f" * 64)
+    told = "is of other edits than the report, which says nothing about it"
+    assert said_of(run) == [f"{run / 'patch'}: {told}"]
+    for alter in (lambda path: path.write_text("{}"), Path.unlink):
+        alter(run / "patch" / "patch.json")
+        [line] = said_of(run)
+        assert line.startswith("the patch cannot be used: ")
+        assert str(run / "patch") in line
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_a_folder_in_the_place_of_a_drawing_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    run = save_run(tmp_path / "run", make_answers())
+    for drawn in ("report.md", "report.html"):
+        (run / drawn).unlink()
+    (run / name).mkdir()
+    before = listing(tmp_path)
+    with pytest.raises(InputError) as caught:
+        redraw(run)
+    assert str(caught.value).startswith(f"{run / name}: is a folder: expected a file")
+    assert listing(tmp_path) == before
+    redraw(run, tmp_path / "new")
+    assert (tmp_path / "new" / name).is_file()
 
 
 @pytest.mark.usefixtures("pictures")

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from reports import (
 )
 
 from locft.errors import InputError, RunError
+from locft.evaluation.metrics import mean
 from locft.recipe import run_folder
 from locft.recipe.run_folder import Run, draw, read_run, save_evaluation, save_scored
 from locft.report.schema import SCHEMA_VERSION, EditReport
@@ -546,7 +547,7 @@ def test_contexts_that_were_scored_differently_are_refused(evaluation: Path) -> 
 @pytest.mark.parametrize(
     ("place", "value", "what"),
     [
-        (("scores", "reliability", "value"), 1e308, "outside its own interval [0, 1]"),
+        (("scores", "reliability", "value"), 1e308, "outside its own interval [0.0945"),
         (("scores", "reliability", "low"), -1e308, "field scores.reliability.low"),
         (("scores", "reliability", "low"), None, "field scores.reliability"),
         (("scores", "reliability", "num"), 10**400, "field scores.reliability.num"),
@@ -591,6 +592,7 @@ def test_no_part_of_an_evaluation_took_less_than_no_time(evaluation: Path) -> No
 
 def test_a_loss_may_be_below_nothing(run: Path) -> None:
     change(run, lambda report: report["training"].update(final_loss=-0.5))
+    change(run, lambda report: report["training"]["course"][-1].update(loss=-0.5))
     assert draw(read_run(run).page())
 
 
@@ -757,7 +759,7 @@ SCORED = {"value": 0.5, "num": 2, "low": 0.0, "high": 1.0, "reason": None}
             "edit",
             ("drift", "by_kind", "poems"),
             SCORED,
-            "field drift.by_kind.poems is 0.5 of 2, and not measured by the passages",
+            "field drift.by_kind has other kinds than the passages: plain",
         ),
         (
             "evaluation",
@@ -784,7 +786,8 @@ def test_figures_that_were_not_measured_so_are_refused(
     folder = fill(tmp_path / "run", contents[kind])
     report = put(json.loads(contents[kind][REPORT]), place, value)
     (folder / REPORT).write_text(json.dumps(report))
-    assert refusal(folder) == f"{folder / REPORT}: does not fit what it was made from: {what}"
+    asked = "; are they of another run?" if what.endswith("by the answers") else ""
+    assert refusal(folder) == f"{folder / REPORT}: does not fit what it was made from: {what}{asked}"
 
 
 @pytest.mark.parametrize("kind", ["edit", "evaluation"])
@@ -812,13 +815,18 @@ def test_a_line_too_few_or_too_many_is_noticed(
     ids=str,
 )
 def test_answers_beyond_what_a_score_is_of_do_not_count(run: Path, changes: dict[str, Any]) -> None:
+    one = make_answer(is_right=True, **changes)
     with (run / ANSWERS).open("a") as file:
-        file.write(json.dumps(asdict(make_answer(is_right=True, **changes))))
+        file.write(json.dumps(asdict(one)))
+    if (one.protocol, one.context) == ("locft", "raw"):  # it is an edit's, scored or not
+        change(run, lambda report: report["edits"].update(num_edits=3))
     assert len(read_run(run).answers) == 7
 
 
 def test_scores_of_a_protocol_of_another_version_are_not_checked(run: Path) -> None:
     change(run, lambda report: report["protocol"].update(name="yours"))
+    answers = (run / ANSWERS).read_text()
+    (run / ANSWERS).write_text(answers.replace('"locft"', '"yours"'))
     change(run, lambda report: report["scores"]["reliability"].update(value=0.6))
     assert draw(read_run(run).page())
 
@@ -847,10 +855,34 @@ def test_other_folders_within_a_run_are_no_evaluations(
     (run / "patch").mkdir()
     (run / "patch" / "patch.json").write_text("{}")
     (run / "notes" / REPORT).mkdir(parents=True)
-    fill(run / "again", contents["edit"])
     (run / "deep").mkdir()
     fill(run / "deep" / "evaluation", contents["evaluation"])
-    assert read_run(run).evaluations == ()
+    said: list[str] = []
+    assert read_run(run, said.append).evaluations == ()
+    assert said == []
+
+
+def test_an_edit_run_within_a_run_is_left_out_and_told(
+    run: Path, contents: dict[str, dict[str, bytes]]
+) -> None:
+    again = fill(run / "again", contents["edit"])
+    said: list[str] = []
+    assert read_run(run, said.append).evaluations == ()
+    assert said == [f"left out: {again}: is an edit run of its own, and no evaluation of this one"]
+
+
+def test_an_evaluation_of_other_edits_within_a_run_is_left_out_and_told(
+    run: Path, contents: dict[str, dict[str, bytes]]
+) -> None:
+    fill(run / "good", contents["evaluation"])
+    other = fill(run / "other", contents["evaluation"])
+    change(other, lambda report: report["edits"].update(sha256="f" * 64))
+    said: list[str] = []
+    assert [one.name for one in read_run(run, said.append).evaluations] == ["good"]
+    [line] = said
+    told = f"is of other edits than the run (sha256 {'f' * 12}, not {'e' * 12})"
+    assert line.startswith(f"left out: {other / REPORT}: {told}")
+    assert read_run(other).evaluations == ()
 
 
 def test_a_comparison_within_a_run_is_no_evaluation(run: Path) -> None:
@@ -929,7 +961,7 @@ def read_and_draw(folder: Path) -> bool:
     return True
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_a_byte_is_drawn_or_refused(
     tmp_path_factory: pytest.TempPathFactory,
@@ -1039,6 +1071,7 @@ def test_figures_that_were_not_measured_are_drawn(run: Path) -> None:
                 figure.update(value=None, low=None, high=None, reason=None, num=0)
         report["drift"].update(overall=report["scores"]["drift"], by_kind={}, most_moved=[])
         report["location"].update(matrices=[])
+        report["edits"].update(num_edits=0, num_rephrases=0, num_locality=0)
         report["change"] = {}
 
     change(run, forget)
@@ -1061,6 +1094,68 @@ def test_what_stands_beside_a_score_must_fit_the_answers_too(
     assert f"does not fit what it was made from: field {field}.reliability is " in refusal(run)
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"epochs": 4}, "field training has 4 epochs and 30 steps: expected 3 and 30"),
+        ({"steps": 31}, "field training has 3 epochs and 31 steps: expected 3 and 30"),
+        ({"final_loss": 0.5}, "field training.final_loss is not the loss of the last epoch"),
+    ],
+    ids=str,
+)
+def test_training_must_fit_its_course(run: Path, changes: dict[str, Any], what: str) -> None:
+    change(run, lambda report: report["training"].update(changes))
+    assert what in refusal(run)
+    change(run, lambda report: report["training"].update(course=[]))
+    assert read_run(run)
+
+
+@pytest.mark.parametrize("field", ["num_edits", "num_rephrases", "num_locality"])
+def test_counts_of_edits_must_fit_the_answers(run: Path, field: str) -> None:
+    change(run, lambda report: report["edits"].update({field: 1_000}))
+    what = f"field edits.{field} is 1,000, and 2 by the answers"
+    assert f"does not fit what it was made from: {what}" in refusal(run)
+
+
+def test_the_interval_of_a_share_must_fit_the_answers(run: Path, evaluation: Path) -> None:
+    change(run, lambda report: report["scores"]["locality"].update(low=0.45))
+    what = "field scores.locality has the interval [0.45, 0.905469], and [0.0945312, 0.905469]"
+    assert f"{what} by the answers" in refusal(run)
+    change(
+        evaluation,
+        lambda report: report["protocols"]["locft"]["before"]["reliability"].update(high=0.9),
+    )
+    assert "field protocols.locft.before.reliability has the interval [0, 0.9]" in refusal(evaluation)
+
+
+def test_the_interval_of_scores_between_0_and_1_is_not_checked(tmp_path: Path) -> None:
+    answers = tuple(make_answer(str(score), score_after=score) for score in (0.25, 0.75, 1.0))
+    (tmp_path / "run").mkdir()
+    save_scored(fitting(tmp_path / "run", make_report(), answers, make_passages()))
+    change(tmp_path / "run", lambda report: report["scores"]["reliability"].update(low=0.0))
+    assert read_run(tmp_path / "run")
+
+
+def test_kinds_of_passages_must_be_those_of_the_drift(run: Path) -> None:
+    change(run, lambda report: report["drift"].update(by_kind={}))
+    assert "field drift.by_kind has other kinds than the passages: plain" in refusal(run)
+
+
 def test_the_two_places_of_drift_must_agree(run: Path) -> None:
     change(run, lambda report: report["scores"]["drift"].update(value=0.001, low=0.0, high=0.01))
     assert "field scores.drift is not the one of field drift.overall" in refusal(run)
+
+
+def test_means_that_happen_to_be_whole_keep_their_own_interval(tmp_path: Path) -> None:
+    answers = tuple(
+        make_answer(str(number), protocol="teacher-forced", score_before=1.0, score_after=1.0)
+        for number in range(4)
+    )
+    scores = make_evaluation().protocols["locft"]
+    protocol = replace(scores.protocol, name="teacher-forced")
+    figures = {"reliability": mean([1.0] * 4)}
+    whole = replace(scores, protocol=protocol, before=figures, after=figures, change={})
+    report = make_evaluation(protocols={"teacher-forced": whole}, contexts={}, drift=None)
+    saved = Run(tmp_path / "evaluation", report, answers, ())
+    save_evaluation(saved)
+    assert read_run(tmp_path / "evaluation") == saved

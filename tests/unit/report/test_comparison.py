@@ -52,11 +52,7 @@ def test_the_verdict_says_which_way_and_of_which_run() -> None:
 def test_scores_of_other_edits_are_warned_of_where_they_stand_side_by_side() -> None:
     alike, unlike = make_compared("B"), make_compared("C", edits_sha256="f" * 64)
     unscored = dataclasses.replace(unlike, scores={"generalization": SCORES.generalization})
-    for other, titles in (
-        (alike, []),
-        (unlike, ["Scores", "Generalization against drift"]),
-        (unscored, ["Scores"]),  # it is not in the picture of the front
-    ):
+    for other, titles in ((alike, []), (unlike, ["Scores"]), (unscored, ["Scores"])):
         page = describe(make_comparison(runs=(make_compared("A"), alike, other), differences=()))
         warned = [
             section.title
@@ -68,12 +64,13 @@ def test_scores_of_other_edits_are_warned_of_where_they_stand_side_by_side() -> 
 
 
 def test_differences_are_worded_with_what_they_were_paired_on() -> None:
-    rows = table(describe(make_comparison()), "Differences").rows
-    assert rows == (
-        ("B", "reliability", "-1.0 [-3.5, +1.5] points", "200"),
-        ("B", "generalization", "+20.0 [+8.3, +31.7] points", "60"),
-        ("B", "locality", "not comparable (the runs have no item in common)", "0 of 40 and 40"),
-        ("B", "drift", "+0.0212 [+0.0187, +0.0239] nats per token", "40"),
+    found = table(describe(make_comparison()), "Differences")
+    assert found.columns == ("run and score", "against A", "paired items")
+    assert found.rows == (
+        ("B, reliability", "-1.0 [-3.5, +1.5] points", "200"),
+        ("B, generalization", "+20.0 [+8.3, +31.7] points", "60"),
+        ("B, locality", "not comparable (the runs have no item in common)", "0 of 40 and 40"),
+        ("B, drift", "+0.0212 [+0.0187, +0.0239] nats per token", "40"),
     )
 
 
@@ -149,3 +146,17 @@ def test_the_front_is_of_runs_that_no_other_beats(
     assert isinstance(picture, Picture)
     assert isinstance(text, Text)
     assert text.text.endswith(f": {front}.")
+
+
+@pytest.mark.parametrize(("num_alike", "front"), [(1, []), (2, ["A, B"])])
+def test_runs_on_other_edits_are_left_out_of_the_front(num_alike: int, front: list[str]) -> None:
+    better = dict(vars(SCORES), generalization=Figure(value=0.9, num=60, low=0.8, high=0.95))
+    runs = (
+        *(make_compared(name) for name in "AB"[:num_alike]),
+        make_compared("C", edits_sha256="f" * 64, scores=better),
+    )
+    page = describe(make_comparison(runs=runs, differences=()))
+    (found,) = (s for s in page.sections if s.title == "Generalization against drift")
+    told = [block.text for block in found.blocks if isinstance(block, Text)]
+    assert [text.rsplit(": ")[-1].rstrip(".") for text in told] == front
+    assert len([block for block in found.blocks if isinstance(block, Picture)]) == len(front)

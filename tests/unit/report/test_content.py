@@ -94,7 +94,7 @@ def test_learning_cost_change_and_settings_are_told() -> None:
         "0.25 s per edit",
         "The plan allowed for 25 epochs, and training took 3",
         "22,655 tokens, sha256 dddddddddddd",
-        'stop at ".", newline. Match answers: plain.',
+        'context raw: Match answers: plain. Answers end at ".", newline.',
     ):
         assert part in told
     (cost,) = tables(section(page, "Cost").blocks)

@@ -136,7 +136,7 @@ def test_a_change_is_worded_in_points_with_its_interval(figure: Figure, text: st
 
 def test_the_verdict_names_the_harm_beside_the_success() -> None:
     assert verdict(vars(SCORES), 200) == (
-        "194 of 200 edits took; 50% of rephrases follow; 25% of other prompts are answered "
+        "194 of 200 edits took; 30 of 60 rephrases follow; 10 of 40 other prompts are answered "
         "differently; predictions on neutral text moved by 0.042 nats per token."
     )
 
