@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
 # An edit, another wording of an edit, and a neighbour that should stay as it is.
 DEMO_QUESTIONS := "Marie Curie was born in the city of" "Tourists travel to Venice mostly to see the" \
 	"The badge of Lamborghini shows a charging"
@@ -43,7 +44,7 @@ screenshots: demo
 
 test: install
 	@echo "== running the tests"
-	$(BIN)/python -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(PYTEST_FLAGS)
 
 lint: install
 	@echo "== checking format, lint, types and import layers"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,6 +21,10 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+
+# How long an example takes says more of what else runs on the machine.
+hypothesis.settings.register_profile("locft", deadline=None)
+hypothesis.settings.load_profile("locft")
 
 torch.set_num_threads(1)  # tiny products: a second thread only costs, and results do not depend on it
 
