@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,39 +59,31 @@ def make_tokenizer(**options: Any) -> PreTrainedTokenizerBase:
     return fast
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
+
+
 def tiny_llama_config(**options: Any) -> LlamaConfig:
-    settings = {
-        "vocab_size": 384,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 0,
-        "tie_word_embeddings": True,
-        **options,
-    }
-    return LlamaConfig(**settings)
+    return LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **options})
+
+
+def tiny_phi3_config(**options: Any) -> Phi3Config:
+    """Configure a model whose MLP has gate and up in one matrix."""
+    return Phi3Config(**{**SIZES, "pad_token_id": 0, **options})
 
 
 def tiny_mixture_config(family: str, **options: Any) -> PreTrainedConfig:
     """Configure a mixture of four experts, two of which answer at a time."""
-    settings = {
-        "vocab_size": 384,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 0,
-        "num_experts_per_tok": 2,
-        **options,
-    }
+    settings = {**SIZES, "pad_token_id": 0, "num_experts_per_tok": 2, **options}
     narrow = {**settings, "num_experts": 4, "moe_intermediate_size": 16}
     configs: dict[str, Callable[[], PreTrainedConfig]] = {
         "mixtral": lambda: MixtralConfig(**{"num_local_experts": 4, **settings}),

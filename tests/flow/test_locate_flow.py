@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import Phi3Config
+from conftest import tiny_phi3_config
 
 import locft
 from locft.cli.main import main
@@ -192,20 +192,7 @@ def test_a_location_that_cannot_be_trained_is_never_recommended(
 
 @pytest.mark.usefixtures("quick")
 def test_parts_that_a_family_does_not_have_are_not_tried(save_model: Callable[..., Path]) -> None:
-    # Its MLP has gate and up in one matrix.
-    config = Phi3Config(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=0,
-    )
-    found = locate(str(save_model(config)), EDITS, 60, config=CONFIG)
+    found = locate(str(save_model(tiny_phi3_config())), EDITS, 60, config=CONFIG)
     names = {one.location for outcomes in found.rounds for one in outcomes}
     assert any(name.endswith("mlp.down") for name in names)
     assert not any(name.endswith("mlp.up") for name in names)

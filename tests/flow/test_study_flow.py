@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_llama_config
-from transformers import Phi3Config, PreTrainedModel
+from conftest import tiny_llama_config, tiny_phi3_config
+from transformers import PreTrainedModel
 
 from locft.cli.main import main
 from locft.config import RunConfig
@@ -19,8 +19,8 @@ from locft.study import run as run_module
 from locft.study.compare import compare
 from locft.study.compare_page import name_of
 from locft.study.locations import study_locations
-from locft.study.pages import describe_pipelines
 from locft.study.pipelines import study_pipelines
+from locft.study.pipelines_page import describe_pipelines
 from locft.study.plans import ComparePlan, LocationsPlan, PipelinesPlan, ScalePlan
 from locft.study.records import StudyReport
 from locft.study.scale import study_scale
@@ -40,18 +40,6 @@ EDITS = tuple(
     for number, target in enumerate(("Rome", "Paris", "Oslo", "Vienna", "Berlin", "Madrid"))
 )
 CONFIG = RunConfig(location="1.mlp.down", lr=0.02, epochs=4, stop_loss=0.001)
-PHI3: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-}
 SMALL = PipelinesPlan(methods=("ft-m",), batches=(2,), seeds=(0,), num_edits=6, num_passages=2)
 FILES = ["report.html", "report.json", "report.md", "study.json", "trials.jsonl"]
 
@@ -360,10 +348,9 @@ def test_methods_are_compared_each_in_a_process_of_its_own(model: str, tmp_path:
 def test_a_method_that_cannot_edit_the_model_says_so_before_any_training(
     tmp_path: Path, save_model: Callable[..., Path]
 ) -> None:
-    config = Phi3Config(**PHI3)
     plan = ComparePlan(methods=("full", "ft-m:location=1.mlp.up"), num_passages=2)
     with pytest.raises(InputError, match=r"has no single 'mlp.up'"):
-        compare(str(save_model(config)), EDITS, tmp_path / "study", plan, CONFIG)
+        compare(str(save_model(tiny_phi3_config())), EDITS, tmp_path / "study", plan, CONFIG)
     assert not (tmp_path / "study").exists()
 
 

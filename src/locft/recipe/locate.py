@@ -370,6 +370,8 @@ def _plan_work(ground: _Ground, names: Sequence[str], num_edits: int) -> float:
 
 def _try_all(ground: _Ground, names: Sequence[str], num_edits: int, deadline: float) -> list[_Tried]:
     """Try locations in the order of their layers; those that are left when time is up are left out."""
+    if not names:
+        return []
     caches = _Caches(ground, num_edits)
     in_order = sorted(names, key=lambda name: int(name.partition(".")[0]))
     tried: list[_Tried] = []

@@ -1,14 +1,14 @@
 """Says what stands in the report of a search for a location."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from locft.recipe.locate import Found, Outcome
 from locft.recipe.run_folder import REPORT_FILE, draw, write_folder
+from locft.report.comparison import front_names
 from locft.report.page import Block, Command, Fold, Page, Section, Table, Text
 from locft.report.pictures import FrontPoint, draw_front
+from locft.report.schema import to_bytes
 from locft.report.sections import drawn
 from locft.report.words import counted, figure_text, seconds_text
 
@@ -58,26 +58,12 @@ def save_found(found: Found, folder: Path) -> None:
     Raises:
         InputError: The place is taken, or cannot be written to.
     """
-    report = json.dumps(asdict(found), indent=2, ensure_ascii=False) + "\n"
-    files = {**draw(describe_found(found)), REPORT_FILE: report.encode(errors="backslashreplace")}
-    write_folder(folder, files)
+    write_folder(folder, {**draw(describe_found(found)), REPORT_FILE: to_bytes(found)})
 
 
 def front_of(outcomes: Sequence[Outcome]) -> list[str]:
     """Name the locations that no other one beats in one of the two without losing in the other."""
-    places = [
-        (one.location, one.scores["generalization"].value or 0.0, one.scores["drift"].value or 0.0)
-        for one in outcomes
-        if one.value is not None
-    ]
-    return [
-        name
-        for name, up, harm in places
-        if not any(
-            other_up >= up and other_harm <= harm and (other_up, other_harm) != (up, harm)
-            for _, other_up, other_harm in places
-        )
-    ]
+    return front_names(_points(outcomes))
 
 
 def _verdict(found: Found) -> str:

@@ -183,7 +183,7 @@ def _front(runs: Sequence[ComparedRun]) -> tuple[Block, ...]:
     picture = draw_front(points)
     if picture is None:
         return ()
-    best = _front_names(points)
+    best = front_names(points)
     return (
         picture,
         Text(
@@ -193,8 +193,8 @@ def _front(runs: Sequence[ComparedRun]) -> tuple[Block, ...]:
     )
 
 
-def _front_names(points: Sequence[FrontPoint]) -> list[str]:
-    """Name the runs that no other one beats in one of the two without losing in the other."""
+def front_names(points: Sequence[FrontPoint]) -> list[str]:
+    """Name the points that no other one beats in one of the two without losing in the other."""
     values = [
         (one.name, one.generalization.value, one.drift.value)
         for one in points

@@ -458,11 +458,11 @@ class ComparisonReport:
     differences: tuple[Difference, ...]
 
 
-def to_bytes(report: EditReport | EvalReport | ComparisonReport) -> bytes:
-    """Write a report as `report.json` holds it: half characters, as names of files have, as escapes."""
+def to_bytes(report: Any) -> bytes:
+    """Write a dataclass as a file holds it: half characters, as names of files have, as escapes."""
     return to_json(report).encode(errors="backslashreplace")
 
 
-def to_json(report: EditReport | EvalReport | ComparisonReport) -> str:
+def to_json(report: Any) -> str:
     """Write a report as JSON, indented, with a newline at its end."""
     return json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n"

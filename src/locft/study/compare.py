@@ -153,9 +153,9 @@ def _prepare(asked: _Asked) -> _Prepared:
         make_trial(
             ground,
             spec,
-            spec.given.get("pipeline", "breadth-first"),
-            spec.given.get("batch_size", ground.config.batch_size),
-            seed,
+            pipeline=spec.given.get("pipeline", "breadth-first"),
+            batch_size=spec.given.get("batch_size", ground.config.batch_size),
+            seed=seed,
         )
         for seed in asked.plan.seeds
         for spec in specs

@@ -1,15 +1,21 @@
 """Says what stands in a comparison of methods."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from locft.methods import METHODS
-from locft.report.page import Command, Page, Section, Table, Text
+from locft.report.page import Page, Section, Table, Text
 from locft.report.pictures import FrontPoint, draw_front
-from locft.report.sections import drawn, provenance_table, settings_blocks
-from locft.report.words import SCORE_NAMES, bytes_text, counted
+from locft.report.sections import drawn
+from locft.report.words import bytes_text, counted
 from locft.study.over_seeds import mean_over_seeds
-from locft.study.pages import range_text, score_text
 from locft.study.records import StudyReport, Trial, TrialResult
+from locft.study.sections import (
+    closing_sections,
+    range_text,
+    score_text,
+    scores_over_seeds,
+    without_failures,
+)
 from locft.types import Figure
 
 _LESS_IS_BETTER = ("drift", "s per edit", "peak memory")
@@ -28,10 +34,7 @@ def describe_compare(report: StudyReport) -> Page:
     groups: dict[str, list[TrialResult]] = {}
     for result in report.trials:
         groups.setdefault(name_of(result.trial), []).append(result)
-    done = {
-        name: [result for result in results if result.failure is None]
-        for name, results in groups.items()
-    }
+    done = {name: without_failures(results) for name, results in groups.items()}
     figures = {name: _figures(results) for name, results in done.items() if results}
     failed = [result for result in report.trials if result.failure is not None]
     points = [
@@ -55,15 +58,7 @@ def describe_compare(report: StudyReport) -> Page:
                 ),
             ),
             Section(title="Generalization against drift", blocks=tuple(drawn(draw_front(points)))),
-            Section(title="Settings", blocks=settings_blocks(topic.settings, {})),
-            Section(
-                title="Where",
-                blocks=(
-                    provenance_table(report.environment, topic.edits),
-                    Text("Every trial: trials.jsonl. To go on, or to repeat it elsewhere:"),
-                    Command("locft compare MODEL EDITS -o DIR"),
-                ),
-            ),
+            *closing_sections(report, "compare"),
         ),
     )
 
@@ -82,9 +77,7 @@ def name_of(trial: Trial) -> str:
 
 
 def _figures(results: Sequence[TrialResult]) -> dict[str, Figure]:
-    figures = {
-        name: mean_over_seeds([result.scores[name] for result in results]) for name in SCORE_NAMES
-    }
+    figures = scores_over_seeds(results)
     capability = [result.capability.after for result in results if result.capability is not None]
     if capability:
         figures["capability"] = mean_over_seeds(capability)
@@ -119,11 +112,11 @@ def _table(
         name: _best(name, {way: found[name].value for way, found in figures.items() if name in found})
         for name in names
     }
-    costs = {
-        "s per edit": {way: _least(one.seconds_per_edit for one in done[way]) for way in figures},
-        "peak memory": {way: _least(one.peak_memory_bytes for one in done[way]) for way in figures},
+    costs: dict[str, dict[str, float | None]] = {
+        "s per edit": {way: min(one.seconds_per_edit for one in done[way]) for way in figures},
+        "peak memory": {way: min(one.peak_memory_bytes for one in done[way]) for way in figures},
     }
-    best |= {name: _best(name, dict(values)) for name, values in costs.items()}
+    best |= {name: _best(name, values) for name, values in costs.items()}
     rows = []
     for way, found in figures.items():
         cells = {name: score_text(name, found[name]) if name in found else "-" for name in names}
@@ -137,10 +130,6 @@ def _table(
             )
         )
     return Table(columns=("method", *names, *costs), rows=tuple(rows))
-
-
-def _least(values: Iterable[float]) -> float:
-    return min(values)
 
 
 def _how(report: StudyReport) -> Text:

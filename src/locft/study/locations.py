@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from locft.config import RunConfig
-from locft.methods import ft_m
-from locft.model.location import resolve_location
 from locft.report.page import Page
-from locft.study.location_pages import describe_locations
+from locft.study.locations_page import describe_locations
 from locft.study.plans import LocationsPlan
 from locft.study.records import StudyReport, Trial
-from locft.study.run import choose_lr, prepare, run_trials
+from locft.study.run import make_trial, prepare, run_trials
+from locft.study.specs import parse_specs
 from locft.train.cache import LayerCaches
 from locft.types import Edit
 
@@ -50,7 +49,6 @@ def study_locations(
     """
     plan, config = plan or LocationsPlan(), config or RunConfig()
     ground = prepare("locations", model, edits, plan.num_edits, plan.num_passages, config, say)
-    network = ground.subject.loaded.model
     num_layers = ground.topic.model.num_layers
     layers = sorted(set(plan.layers)) or [*range(0, num_layers - 1, _EVERY), num_layers - 1]
     names = [
@@ -58,17 +56,9 @@ def study_locations(
         for layer in layers
         for module in plan.modules
     ]
+    [spec] = parse_specs(("ft-m",))
     trials = [
-        Trial(
-            method=ft_m.METHOD.name,
-            settings={},
-            location=resolve_location(network, name).name,
-            pipeline="breadth-first",
-            batch_size=plan.batch_size,
-            lr=choose_lr(ground, ft_m.METHOD, name),
-            seed=plan.seed,
-            num_edits=plan.num_edits,
-        )
+        make_trial(ground, spec, batch_size=plan.batch_size, seed=plan.seed, location_name=name)
         for name in names
     ]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from locft.config import RunConfig
 from locft.report.page import Page
-from locft.study.pages import describe_pipelines
+from locft.study.pipelines_page import describe_pipelines
 from locft.study.plans import PipelinesPlan
 from locft.study.records import Pipeline, StudyReport
 from locft.study.run import make_trial, prepare, run_trials
@@ -50,7 +50,7 @@ def study_pipelines(
         *(("breadth-first", size) for size in plan.batches),
     )
     trials = [
-        make_trial(ground, spec, pipeline, batch_size, seed)
+        make_trial(ground, spec, pipeline=pipeline, batch_size=batch_size, seed=seed)
         for seed in plan.seeds
         for spec in specs
         for pipeline, batch_size in ways

@@ -1,6 +1,5 @@
 """Does the trials of a study one after the other, keeping each as soon as it is done."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from locft.model.split import split_model
 from locft.provenance import describe_edits, describe_environment, describe_model, describe_protocol
 from locft.recipe.run_folder import draw
 from locft.report.page import Page
-from locft.report.schema import Environment
+from locft.report.schema import Environment, to_bytes
 from locft.report.words import seconds_text
 from locft.study.records import STUDY_VERSION, Pipeline, StudyReport, Topic, Trial, TrialResult
 from locft.study.specs import MethodSpec
@@ -109,7 +108,7 @@ def prepare(
     return Ground(topic=topic, subject=subject, edits=gathered.edits, text=text, config=config)
 
 
-def choose_lr(ground: Ground, method: Method, location_name: str, given: float | None = None) -> float:
+def _choose_lr(ground: Ground, method: Method, location_name: str, given: float | None) -> float:
     """Choose a method's learning rate: the one that is given, its own, or the rule for a location."""
     if given is not None:
         return given
@@ -124,10 +123,17 @@ def choose_lr(ground: Ground, method: Method, location_name: str, given: float |
 
 
 def make_trial(
-    ground: Ground, spec: MethodSpec, pipeline: Pipeline, batch_size: int, seed: int
+    ground: Ground,
+    spec: MethodSpec,
+    *,
+    batch_size: int,
+    seed: int,
+    pipeline: Pipeline = "breadth-first",
+    location_name: str | None = None,
+    num_edits: int | None = None,
 ) -> Trial:
-    """Make the trial of a method with its own settings, on all edits."""
-    name = spec.given.get("location", ground.config.location)
+    """Make the trial of a method with its own settings; on all edits, and at the usual location."""
+    name = location_name or spec.given.get("location", ground.config.location)
     location = resolve_location(ground.subject.loaded.model, name).name
     return Trial(
         method=spec.method.name,
@@ -135,9 +141,9 @@ def make_trial(
         location=location if spec.method.uses_location else None,
         pipeline=pipeline,
         batch_size=1 if pipeline == "depth-first" else batch_size,
-        lr=choose_lr(ground, spec.method, name, spec.given.get("lr")),
+        lr=_choose_lr(ground, spec.method, name, spec.given.get("lr")),
         seed=seed,
-        num_edits=len(ground.edits),
+        num_edits=num_edits or len(ground.edits),
     )
 
 
@@ -232,7 +238,7 @@ def do_trials(
             environment=environment,
         )
         page = describe(report)
-        store.write({**draw(page), "report.json": _to_bytes(report)})
+        store.write({**draw(page), "report.json": to_bytes(report)})
     return report, page
 
 
@@ -269,11 +275,6 @@ def _in_turn(
             say(f"it failed: {error}")
             yield failed_trial(trial, str(error))
         done += weight(trial)
-
-
-def _to_bytes(report: StudyReport) -> bytes:
-    text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
-    return text.encode(errors="backslashreplace")
 
 
 def failed_trial(trial: Trial, failure: str) -> TrialResult:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from locft.config import RunConfig
 from locft.data.gather import gather_edits
-from locft.methods import ft_m
-from locft.model.location import resolve_location
 from locft.report.page import Page
 from locft.study.plans import ScalePlan
 from locft.study.records import StudyReport, Trial
-from locft.study.run import choose_lr, prepare, run_trials
+from locft.study.run import make_trial, prepare, run_trials
 from locft.study.scale_page import describe_scale
+from locft.study.specs import parse_specs
 from locft.types import Edit
 
 
@@ -58,18 +57,9 @@ def study_scale(
         say,
         num_scored=plan.num_scored,
     )
-    location = resolve_location(ground.subject.loaded.model, config.location).name
+    [spec] = parse_specs(("ft-m",))
     trials = [
-        Trial(
-            method=ft_m.METHOD.name,
-            settings={},
-            location=location,
-            pipeline="breadth-first",
-            batch_size=config.batch_size,
-            lr=choose_lr(ground, ft_m.METHOD, location),
-            seed=config.seed,
-            num_edits=size,
-        )
+        make_trial(ground, spec, batch_size=config.batch_size, seed=config.seed, num_edits=size)
         for size in sizes
     ]
 

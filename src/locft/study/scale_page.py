@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from locft.report.page import Block, Command, Page, Section, Table, Text
+from locft.report.page import Block, Page, Section, Table, Text
 from locft.report.pictures import draw_groups
-from locft.report.sections import drawn, provenance_table, settings_blocks
+from locft.report.sections import drawn
 from locft.report.words import SCORE_NAMES, bytes_text, counted, figure_text, seconds_text
 from locft.study.records import StudyReport, TrialResult
+from locft.study.sections import closing_sections, failure_texts, without_failures
 
 
 def describe_scale(report: StudyReport) -> Page:
@@ -19,8 +20,7 @@ def describe_scale(report: StudyReport) -> Page:
         The page.
     """
     topic = report.topic
-    done = [result for result in report.trials if result.failure is None]
-    failed = [result for result in report.trials if result.failure is not None]
+    done = without_failures(report.trials)
     return Page(
         title=f"More and more edits in {topic.model.id}",
         verdict=_verdict(done),
@@ -31,19 +31,11 @@ def describe_scale(report: StudyReport) -> Page:
                 blocks=(
                     *_pictures(done),
                     *((_table(done), _how(report, done)) if done else ()),
-                    *(Text(f"{result.trial.name}: {result.failure}") for result in failed),
+                    *failure_texts(report.trials),
                 ),
             ),
             Section(title="Cost", blocks=(_costs(done),) if done else ()),
-            Section(title="Settings", blocks=settings_blocks(topic.settings, {})),
-            Section(
-                title="Where",
-                blocks=(
-                    provenance_table(report.environment, topic.edits),
-                    Text("Every trial: trials.jsonl. To go on, or to repeat it elsewhere:"),
-                    Command("locft study scale MODEL EDITS -o DIR"),
-                ),
-            ),
+            *closing_sections(report, "study scale"),
         ),
     )
 

@@ -12,6 +12,7 @@ import msgspec
 from locft.errors import InputError, RunError, brief, first_line
 from locft.openfile import open_regular, read_limited
 from locft.publish import add_files, locked, sync_folder, write_file
+from locft.report.schema import to_bytes
 from locft.study.records import Topic, Trial, TrialResult
 
 TOPIC_FILE = "study.json"
@@ -73,9 +74,7 @@ def open_store(folder: Path, topic: Topic) -> Iterator[Store]:
                     f"{folder}: exists and is no study (no {TOPIC_FILE}): choose another place"
                 )
             else:
-                write_file(
-                    file, json.dumps(asdict(topic), indent=2, ensure_ascii=False).encode() + b"\n"
-                )
+                write_file(file, to_bytes(topic))
                 sync_folder(folder)
         except OSError as error:
             raise InputError(f"{folder}: cannot be written to: {error.strerror}") from error

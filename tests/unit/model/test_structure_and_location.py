@@ -5,7 +5,8 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from conftest import make_model, tiny_llama_config
+from conftest import SIZES as LLAMA_SIZES
+from conftest import make_model, tiny_llama_config, tiny_phi3_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +16,6 @@ from transformers import (
     GPTJConfig,
     MistralConfig,
     OPTConfig,
-    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -26,18 +26,7 @@ from locft.errors import LocationError, ModelError
 from locft.model.location import parse_location, resolve_location
 from locft.model.structure import find_layers
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-}
+SIZES: dict[str, Any] = {**LLAMA_SIZES, "pad_token_id": 0}
 
 
 def family_config(family: str) -> PreTrainedConfig:
@@ -87,7 +76,7 @@ def family_config(family: str) -> PreTrainedConfig:
             sliding_window=8,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
-        "phi3": Phi3Config(**SIZES),
+        "phi3": tiny_phi3_config(),
     }
     return configs[family]
 

@@ -1,13 +1,20 @@
-"""Says what stands in the report of a study."""
+"""Says what stands in the report of the study of pipelines."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from locft.report.page import Block, Command, Page, Section, Table, Text
+from locft.report.page import Block, Page, Section, Table, Text
 from locft.report.pictures import draw_courses, draw_groups
-from locft.report.sections import drawn, provenance_table, settings_blocks
+from locft.report.sections import drawn
 from locft.report.words import SCORE_NAMES, counted
-from locft.study.over_seeds import mean_over_seeds
 from locft.study.records import StudyReport, Trial, TrialResult
+from locft.study.sections import (
+    closing_sections,
+    failure_texts,
+    range_text,
+    score_text,
+    scores_over_seeds,
+    without_failures,
+)
 from locft.types import Figure
 
 Group = tuple[str, str]
@@ -26,7 +33,7 @@ def describe_pipelines(report: StudyReport) -> Page:
     groups: dict[Group, list[TrialResult]] = {}
     for result in report.trials:
         groups.setdefault(_group(result.trial), []).append(result)
-    scores = {group: _scores(results) for group, results in groups.items()}
+    scores = {group: scores_over_seeds(without_failures(results)) for group, results in groups.items()}
     topic = report.topic
     return Page(
         title=f"Depth-first against breadth-first: {counted(topic.edits.num_edits, 'edit')} in "
@@ -34,19 +41,13 @@ def describe_pipelines(report: StudyReport) -> Page:
         verdict=_verdict(scores),
         tiles=(),
         sections=(
-            Section(title="Scores", blocks=(_table(groups, scores), *_failures(report.trials), _how())),
+            Section(
+                title="Scores", blocks=(_table(groups, scores), *failure_texts(report.trials), _how())
+            ),
             Section(title="By batch", blocks=tuple(_by_batch(scores))),
             Section(title="While editing proceeds", blocks=_courses(groups)),
             Section(title="Methods", blocks=(_methods(report.trials),)),
-            Section(title="Settings", blocks=settings_blocks(topic.settings, {})),
-            Section(
-                title="Where",
-                blocks=(
-                    provenance_table(report.environment, topic.edits),
-                    Text("Every trial: trials.jsonl. To go on, or to repeat it elsewhere:"),
-                    Command("locft study pipelines MODEL EDITS -o DIR"),
-                ),
-            ),
+            *closing_sections(report, "study pipelines"),
         ),
     )
 
@@ -55,14 +56,6 @@ def _group(trial: Trial) -> Group:
     if trial.pipeline == "depth-first":
         return trial.method, "depth-first"
     return trial.method, f"breadth-first, batch {trial.batch_size:,}"
-
-
-def _scores(results: Sequence[TrialResult]) -> dict[str, Figure]:
-    """Average each score over the seeds."""
-    done = [result for result in results if result.failure is None]
-    return {
-        name: mean_over_seeds([result.scores[name] for result in done]) for name in SCORE_NAMES if done
-    }
 
 
 def _verdict(scores: Mapping[Group, Mapping[str, Figure]]) -> str:
@@ -87,7 +80,7 @@ def _table(
 ) -> Table:
     rows = []
     for group, results in groups.items():
-        done = [result for result in results if result.failure is None]
+        done = without_failures(results)
         figures = scores[group]
         rows.append(
             (
@@ -102,40 +95,12 @@ def _table(
     return Table(columns=columns, rows=tuple(rows))
 
 
-def score_text(name: str, figure: Figure) -> str:
-    """Word a score over seeds, without its count."""
-    if figure.value is None:
-        return "-"
-    digits, factor, unit = (4, 1, "") if name == "drift" else (1, 100, "%")
-    text = f"{factor * figure.value:.{digits}f}{unit}"
-    if figure.low is None or figure.high is None:
-        return text
-    return f"{text} [{factor * figure.low:.{digits}f}, {factor * figure.high:.{digits}f}]"
-
-
-def range_text(values: Iterable[float], form: str = ",") -> str:
-    """Word the least and the most of some values."""
-    found = sorted(values)
-    if not found:
-        return "-"
-    low, high = format(found[0], form), format(found[-1], form)
-    return low if low == high else f"{low} to {high}"
-
-
 def _how() -> Text:
     return Text(
         "Means over seeds, with 95% intervals: Student's t over the seeds; of a single seed, the "
         "interval of its own items. A seed names the order of the edits, and what adapters start from. "
         "Scored after all edits were in. Steps and seconds: the least and the most of the seeds."
     )
-
-
-def _failures(results: Sequence[TrialResult]) -> list[Block]:
-    return [
-        Text(f"{result.trial.name}: {result.failure}")
-        for result in results
-        if result.failure is not None
-    ]
 
 
 def _by_batch(scores: Mapping[Group, Mapping[str, Figure]]) -> Iterable[Block]:

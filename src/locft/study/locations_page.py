@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from locft.recipe.preference import PREFERENCES, rule_of, value_of
-from locft.report.page import Block, Command, Page, Section, Table, Text
+from locft.report.page import Block, Page, Section, Table, Text
 from locft.report.pictures import draw_heat_map
-from locft.report.sections import drawn, provenance_table, settings_blocks
+from locft.report.sections import drawn
 from locft.report.words import SCORE_NAMES, counted, figure_text, seconds_text
 from locft.study.records import StudyReport, TrialResult
+from locft.study.sections import closing_sections, failure_texts, without_failures
 
 _NUM_BEST = 5
 
@@ -22,8 +23,7 @@ def describe_locations(report: StudyReport) -> Page:
         The page.
     """
     topic = report.topic
-    done = [result for result in report.trials if result.failure is None]
-    failed = [result for result in report.trials if result.failure is not None]
+    done = without_failures(report.trials)
     return Page(
         title=f"{counted(len(done), 'location')} in {topic.model.id}: "
         f"{counted(topic.edits.num_edits, 'edit')} at each",
@@ -36,18 +36,10 @@ def describe_locations(report: StudyReport) -> Page:
                 title="All locations",
                 blocks=(
                     *((_table(done), _how(done)) if done else ()),
-                    *(Text(f"{result.trial.name}: {result.failure}") for result in failed),
+                    *failure_texts(report.trials),
                 ),
             ),
-            Section(title="Settings", blocks=settings_blocks(topic.settings, {})),
-            Section(
-                title="Where",
-                blocks=(
-                    provenance_table(report.environment, topic.edits),
-                    Text("Every trial: trials.jsonl. To go on, or to repeat it elsewhere:"),
-                    Command("locft study locations MODEL EDITS -o DIR"),
-                ),
-            ),
+            *closing_sections(report, "study locations"),
         ),
     )
 
