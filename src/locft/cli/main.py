@@ -293,9 +293,17 @@ def _convert(words: argparse.Namespace) -> int:
 
 def _report(words: argparse.Namespace) -> int:
     from locft.recipe.reporting import compare_runs, redraw
+    from locft.study.store import is_study
 
     if words.output is not None:
         refuse_taken(Path(words.output))
+    studies = [run for run in words.runs if is_study(Path(run))]
+    if studies and len(words.runs) > 1:
+        raise InputError(
+            f"{studies[0]}: is a study: expected runs to compare, or a single study to draw again"
+        )
+    if studies:
+        return _report_study(words)
     if len(words.runs) == 1:
         redrawn, files = redraw(words.runs[0], words.output, say=say)
         if words.json:
@@ -312,6 +320,19 @@ def _report(words: argparse.Namespace) -> int:
         show_page(make_console(), page)
     if words.output is not None:
         say(f"wrote {Path(words.output) / 'report.html'}, with report.md and report.json")
+    return 0
+
+
+def _report_study(words: argparse.Namespace) -> int:
+    from locft.cli.show import make_console, show_page
+    from locft.study.redraw import redraw_study
+
+    report, page, files = redraw_study(words.runs[0], words.output)
+    if words.json:
+        print_json(asdict(report))
+    else:
+        show_page(make_console(), page)
+    say(f"wrote {some(list(map(str, files)))}")
     return 0
 
 

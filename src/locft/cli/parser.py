@@ -62,6 +62,7 @@ leaves something out. How many edits that loses is measured as it is served, W x
 _REPORT_EPILOG = """\
 examples:
   locft report runs/facts                              report.html and report.md, from the run's figures
+  locft report studies/locations                       the same of a study, of all trials in its folder
   locft report runs/facts runs/other                   tables: the others against the first
   locft report runs/facts runs/other -o comparison     report.html, report.md and report.json, too
 
@@ -334,10 +335,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(export, {"edits", "machine", "model"})
 
     report = _command(
-        commands, "report", "draw a run's report again, or compare runs side by side", _REPORT_EPILOG
+        commands,
+        "report",
+        "draw the report of a run or study again, or compare runs side by side",
+        _REPORT_EPILOG,
     )
     report.add_argument(
-        "runs", metavar="RUN", nargs="+", help="run folder, or the folder of an evaluation"
+        "runs", metavar="RUN", nargs="+", help="run folder, or the folder of an evaluation or of a study"
     )
     report.add_argument(
         "-o",

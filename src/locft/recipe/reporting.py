@@ -1,7 +1,7 @@
 """Draw runs again, alone or side by side, from what they left on the disk (no torch)."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -64,23 +64,32 @@ def redraw(
         for line in _what_is_amiss(run.folder, run.report):
             say(line)
     files = draw(run.page())
-    if output is not None:
-        files[REPORT_FILE] = to_bytes(run.report)
-        write_folder(Path(output), files)
-        return run.report, [Path(output) / name for name in files]
-    taken = [run.folder / name for name in files if (run.folder / name).is_dir()]
+    if output is None:
+        return run.report, write_into(run.folder, files)
+    files[REPORT_FILE] = to_bytes(run.report)
+    write_folder(Path(output), files)
+    return run.report, [Path(output) / name for name in files]
+
+
+def write_into(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files that were drawn from a folder into it; name them.
+
+    Raises:
+        InputError: One is a folder, or they cannot be written.
+    """
+    taken = [folder / name for name in files if (folder / name).is_dir()]
     if taken:
         raise InputError(f"{taken[0]}: is a folder: expected a file, or nothing; -o DIR draws elsewhere")
     try:
-        with locked(run.folder):
-            add_files(run.folder, files)
+        with locked(folder):
+            add_files(folder, files)
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written to: {error.strerror}; choose a place with -o"
         ) from error
     except InputError as error:
         raise InputError(f"{error}; -o DIR draws it elsewhere") from error
-    return run.report, [run.folder / name for name in files]
+    return [folder / name for name in files]
 
 
 def _what_is_amiss(folder: Path, report: EditReport) -> Iterator[str]:

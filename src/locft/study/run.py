@@ -16,13 +16,13 @@ from locft.model.load import context_tokens
 from locft.model.location import resolve_location
 from locft.model.split import split_model
 from locft.provenance import describe_edits, describe_environment, describe_model, describe_protocol
-from locft.recipe.run_folder import draw
+from locft.recipe.run_folder import REPORT_FILE, draw
 from locft.report.page import Page
 from locft.report.schema import Environment, to_bytes
 from locft.report.words import seconds_text
 from locft.study.records import STUDY_VERSION, Pipeline, StudyReport, Topic, Trial, TrialResult
 from locft.study.specs import MethodSpec
-from locft.study.store import open_store
+from locft.study.store import Store, open_store
 from locft.study.trial import Bench, CacheOf, attach, run_trial, set_up
 from locft.train.cache import build_cache
 from locft.train.defaults import choose_schedule
@@ -31,6 +31,7 @@ from locft.types import Edit
 
 # What trials differ by, or what has no part in them.
 _NOT_SHARED = ("lr", "batch_size", "seed", "location", "prefer", "budget", "eval_batch_size")
+_DRAWN_EVERY = 60  # seconds, while trials are done: drawing takes about one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def prepare(
     study: str,
     model: str,
     edits: str | Path | Sequence[Edit],
-    num_edits: int,
+    num_edits: int | None,
     num_passages: int,
     config: RunConfig,
     say: Callable[[str], None],
@@ -69,7 +70,7 @@ def prepare(
         study: Name of the study.
         model: The model.
         edits: The edits' file, or the edits.
-        num_edits: How many of them to take, from the first on.
+        num_edits: How many of them to take, from the first on; all if None.
         num_passages: How many passages of neutral text to measure drift on.
         config: The settings.
         say: Called with a line at each step.
@@ -83,12 +84,14 @@ def prepare(
     """
     text = first_passages(read_neutral_text(config.drift_text), num_passages)
     gathered = gather_edits(edits, config.on_conflict)
-    if len(gathered.edits) < num_edits:
+    found = len(gathered.edits)
+    if num_edits is not None and found < num_edits:
         raise InputError(
-            f"{len(gathered.edits):,} edits, and {num_edits:,} are asked for: give more, or ask for "
-            "fewer with --num-edits"
+            f"{found:,} edits, and {num_edits:,} are asked for: give more, or ask for fewer with "
+            "--num-edits"
         )
     gathered = replace(gathered, edits=gathered.edits[:num_edits])
+    taken = len(gathered.edits)
     say(f"loading {model}")
     subject = load_subject(model, config)
     warnings = check_tokens(gathered, subject.codec, context_tokens(subject.loaded.model.config))
@@ -103,7 +106,7 @@ def prepare(
         protocol=describe_protocol(locft.PROTOCOL, config.format),
         drift_text_sha256=text.sha256,
         num_passages=len(text.passages),
-        num_scored=min(num_scored or num_edits, num_edits),
+        num_scored=min(num_scored or taken, taken),
     )
     return Ground(topic=topic, subject=subject, edits=gathered.edits, text=text, config=config)
 
@@ -229,16 +232,31 @@ def do_trials(
         missing = [trial for trial in trials if store.find(trial) is None]
         if len(missing) < len(trials):
             say(f"{len(trials) - len(missing):,} of {len(trials):,} trials are done already")
+        drawn = time.monotonic()
         for result in _in_turn(missing, run, say, weight):
             store.add(result)
-        found = [store.find(trial) for trial in trials]
-        report = StudyReport(
-            topic=topic,
-            trials=tuple(result for result in found if result is not None),
-            environment=environment,
-        )
-        page = describe(report)
-        store.write({**draw(page), "report.json": to_bytes(report)})
+            if time.monotonic() - drawn > _DRAWN_EVERY:
+                _report(store, topic, trials, environment, describe)
+                drawn = time.monotonic()
+        return _report(store, topic, trials, environment, describe)
+
+
+def _report(
+    store: Store,
+    topic: Topic,
+    trials: Sequence[Trial],
+    environment: Environment,
+    describe: Callable[[StudyReport], Page],
+) -> tuple[StudyReport, Page]:
+    """Write the report of those trials that are done."""
+    found = [store.find(trial) for trial in trials]
+    report = StudyReport(
+        topic=topic,
+        trials=tuple(result for result in found if result is not None),
+        environment=environment,
+    )
+    page = describe(report)
+    store.write({**draw(page), REPORT_FILE: to_bytes(report)})
     return report, page
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from locft.config import RunConfig
-from locft.data.gather import gather_edits
 from locft.report.page import Page
 from locft.study.plans import ScalePlan
 from locft.study.records import StudyReport, Trial
@@ -26,7 +25,7 @@ def study_scale(
     """Train more and more edits into one location, breadth-first.
 
     The first edits are scored, the same at every size. Trials are kept as they are done: with the same
-    `output` a study that was cut short goes on.
+    `output` a study that was cut short goes on, and one of more sizes does what is missing.
 
     Args:
         model: The model.
@@ -43,20 +42,13 @@ def study_scale(
         InputError: The edits, the model or the folder cannot be used.
     """
     plan, config = plan or ScalePlan(), config or RunConfig()
-    most = len(gather_edits(edits, config.on_conflict).edits)
+    ground = prepare(
+        "scale", model, edits, None, plan.num_passages, config, say, num_scored=plan.num_scored
+    )
+    most = len(ground.edits)
     sizes = sorted({min(size, most) for size in plan.sizes})
     if max(plan.sizes) > most:
         say(f"there are {most:,} edits: the largest size is that")
-    ground = prepare(
-        "scale",
-        model,
-        edits,
-        sizes[-1],
-        plan.num_passages,
-        config,
-        say,
-        num_scored=plan.num_scored,
-    )
     [spec] = parse_specs(("ft-m",))
     trials = [
         make_trial(ground, spec, batch_size=config.batch_size, seed=config.seed, num_edits=size)

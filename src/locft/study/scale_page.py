@@ -20,7 +20,7 @@ def describe_scale(report: StudyReport) -> Page:
         The page.
     """
     topic = report.topic
-    done = without_failures(report.trials)
+    done = sorted(without_failures(report.trials), key=lambda one: one.trial.num_edits)
     return Page(
         title=f"More and more edits in {topic.model.id}",
         verdict=_verdict(done),

@@ -13,7 +13,7 @@ from locft.errors import InputError, RunError, brief, first_line
 from locft.openfile import open_regular, read_limited
 from locft.publish import add_files, locked, sync_folder, write_file
 from locft.report.schema import to_bytes
-from locft.study.records import Topic, Trial, TrialResult
+from locft.study.records import STUDY_VERSION, Topic, Trial, TrialResult
 
 TOPIC_FILE = "study.json"
 TRIALS_FILE = "trials.jsonl"
@@ -78,15 +78,39 @@ def open_store(folder: Path, topic: Topic) -> Iterator[Store]:
                 sync_folder(folder)
         except OSError as error:
             raise InputError(f"{folder}: cannot be written to: {error.strerror}") from error
-        yield Store(folder, list(_read_trials(folder / TRIALS_FILE)))
+        done = read_trials(folder)
+        _drop_rest(folder / TRIALS_FILE)
+        yield Store(folder, done)
 
 
-def _refuse_other(file: Path, topic: Topic) -> None:
-    """Refuse to go on with a study of something else."""
+def is_study(folder: Path) -> bool:
+    """Tell whether a folder is that of a study."""
+    return (folder / TOPIC_FILE).is_file()
+
+
+def read_topic(folder: Path) -> Topic:
+    """Read what the study of a folder is about.
+
+    Raises:
+        OSError: It cannot be read.
+        RunError: It is damaged, or another version of locft wrote it.
+    """
+    file = folder / TOPIC_FILE
     try:
         found = msgspec.json.decode(read_limited(file, _MAX_BYTES), type=Topic)
     except (msgspec.DecodeError, ValueError) as error:
         raise RunError(f"{file}: is damaged: {first_line(error)}; start anew elsewhere") from error
+    if found.version != STUDY_VERSION:
+        raise RunError(
+            f"{file}: is of version {found.version}, expected {STUDY_VERSION}: another version of locft "
+            "wrote it; start anew elsewhere"
+        )
+    return found
+
+
+def _refuse_other(file: Path, topic: Topic) -> None:
+    """Refuse to go on with a study of something else."""
+    found = read_topic(file.parent)
     for field in fields(Topic):
         old, new = getattr(found, field.name), getattr(topic, field.name)
         if old != new:
@@ -107,22 +131,36 @@ def _difference(name: str, old: object, new: object) -> str:
     return f"{name} ({brief(old)}; asked for now: {brief(new)})"
 
 
-def _read_trials(file: Path) -> Iterator[TrialResult]:
-    """Read the trials that are done; a last line that was cut short is dropped from the file."""
-    if not file.exists():
-        return
+def read_trials(folder: Path) -> list[TrialResult]:
+    """Read the trials that are done, without a last line that was cut short.
+
+    Raises:
+        OSError: They cannot be read.
+        RunError: One is damaged.
+    """
+    file = folder / TRIALS_FILE
     decoder = msgspec.json.Decoder(TrialResult)
-    whole = 0
+    done: list[TrialResult] = []
+    for number, line in enumerate(_whole_lines(file), 1):
+        try:
+            done.append(decoder.decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"{file}: line {number:,} is damaged: {first_line(error)}; delete the line to have its "
+                "trial done again"
+            ) from error
+    return done
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    if not file.exists():
+        return []
     with open_regular(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                os.truncate(file, whole)
-                return
-            whole += len(line)
-            try:
-                yield decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise RunError(
-                    f"{file}: line {number:,} is damaged: {first_line(error)}; delete the line to have "
-                    "its trial done again"
-                ) from error
+        return [line for line in lines if line.endswith(b"\n")]
+
+
+def _drop_rest(file: Path) -> None:
+    """Drop a last line that was cut short, so that the next one begins on its own."""
+    whole = sum(map(len, _whole_lines(file)))
+    if file.exists() and file.stat().st_size > whole:
+        os.truncate(file, whole)
