@@ -39,7 +39,8 @@ def test_a_study_is_drawn_again_of_all_its_trials(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert locations(json.loads((study / "report.json").read_text())) == ["0.mlp.down"]
-    (study / "report.html").unlink()
+    for name in ("report.html", "report.json"):
+        (study / name).unlink()
     assert main(["report", str(study)]) == 0
     assert "Best of 2 locations: " in capsys.readouterr().out
     assert locations(json.loads((study / "report.json").read_text())) == ["2.mlp.down", "0.mlp.down"]
@@ -64,25 +65,34 @@ def test_it_is_drawn_elsewhere_and_printed(
 @pytest.mark.parametrize(
     ("file", "content", "what"),
     [
-        ("report.json", "{", r"report.json: is damaged: .*; the command that did the study writes it"),
-        ("report.json", None, "holds no report.json yet: the command that began the study goes on"),
         ("study.json", "{", "study.json: is damaged"),
         ("study.json", '"version": 2', "is of version 2, expected 1"),
         ("trials.jsonl", "{}\n", "trials.jsonl: line 1 is damaged"),
     ],
 )
 def test_what_cannot_be_drawn_is_told(
-    study: Path, file: str, content: str | None, what: str, capsys: pytest.CaptureFixture[str]
+    study: Path, file: str, content: str, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if content is None:
-        (study / file).unlink()
-    elif "version" in content:
+    if "version" in content:
         (study / file).write_text((study / file).read_text().replace('"version": 1', content, 1))
     else:
         (study / file).write_text(content)
     assert main(["report", str(study)]) == 2
     said = capsys.readouterr().err
     assert re.search(what, said)
+
+
+def test_trials_of_other_machines_are_told_apart(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (study / "trials.jsonl").read_text().splitlines()
+    record = json.loads(first)
+    record["environment"]["device"] = "an older processor"
+    (study / "trials.jsonl").write_text(f"{json.dumps(record)}\n{second}\n")
+    assert main(["report", str(study)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 trial on another machine or in another way" in shown
+    assert "an older processor" in shown
 
 
 def test_studies_are_not_compared_as_runs(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

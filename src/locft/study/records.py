@@ -79,6 +79,7 @@ class TrialResult:
         peak_memory_bytes: The most that was in use by then, of the device on CUDA, of the process
             elsewhere.
         capability: What the model can do besides, where that was asked for.
+        environment: Where it was done; None until it is kept.
     """
 
     trial: Trial
@@ -96,6 +97,7 @@ class TrialResult:
     seconds_per_edit: float
     peak_memory_bytes: int
     capability: CapabilityScores | None = None
+    environment: Environment | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +134,9 @@ class StudyReport:
     Attributes:
         kind: That it is one.
         topic: What all trials have in common.
-        trials: What came of each trial.
-        environment: Where the last of them was done.
+        trials: What came of each trial, and where it was done.
     """
 
     kind: Literal["study"] = "study"
     topic: Topic
     trials: tuple[TrialResult, ...]
-    environment: Environment

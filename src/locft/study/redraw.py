@@ -1,13 +1,8 @@
 """Draws the report of a study again, of all the trials that its folder holds."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
-from locft.errors import RunError, first_line
-from locft.openfile import read_limited
 from locft.recipe.reporting import write_into
 from locft.recipe.run_folder import REPORT_FILE, draw, write_folder
 from locft.report.page import Page
@@ -25,7 +20,6 @@ _DESCRIBE: Mapping[str, Callable[[StudyReport], Page]] = {
     "pipelines": describe_pipelines,
     "scale": describe_scale,
 }
-_MAX_BYTES = 100_000_000
 
 
 def redraw_study(
@@ -41,23 +35,12 @@ def redraw_study(
         The report, the page that shows it, and the files that were written.
 
     Raises:
-        RunError: The folder holds no report yet, is damaged, or another version of locft wrote it.
+        RunError: The folder is damaged, or another version of locft wrote it.
         InputError: `output` is taken, or cannot be written to.
     """
     folder = Path(folder)
     topic, trials = read_topic(folder), read_trials(folder)
-    file = folder / REPORT_FILE
-    try:
-        old = msgspec.json.decode(read_limited(file, _MAX_BYTES), type=StudyReport)
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{folder}: holds no {REPORT_FILE} yet: the command that began the study goes on with it"
-        ) from error
-    except (msgspec.DecodeError, ValueError) as error:
-        raise RunError(
-            f"{file}: is damaged: {first_line(error)}; the command that did the study writes it anew"
-        ) from error
-    report = replace(old, topic=topic, trials=tuple(trials))
+    report = StudyReport(topic=topic, trials=tuple(trials))
     page = _DESCRIBE[topic.study](report)
     files = {**draw(page), REPORT_FILE: to_bytes(report)}
     if output is None:

@@ -234,27 +234,23 @@ def do_trials(
             say(f"{len(trials) - len(missing):,} of {len(trials):,} trials are done already")
         drawn = time.monotonic()
         for result in _in_turn(missing, run, say, weight):
-            store.add(result)
+            store.add(replace(result, environment=environment))
             if time.monotonic() - drawn > _DRAWN_EVERY:
-                _report(store, topic, trials, environment, describe)
+                _report(store, topic, trials, describe)
                 drawn = time.monotonic()
-        return _report(store, topic, trials, environment, describe)
+        return _report(store, topic, trials, describe)
 
 
 def _report(
     store: Store,
     topic: Topic,
     trials: Sequence[Trial],
-    environment: Environment,
     describe: Callable[[StudyReport], Page],
 ) -> tuple[StudyReport, Page]:
     """Write the report of those trials that are done."""
     found = [store.find(trial) for trial in trials]
-    report = StudyReport(
-        topic=topic,
-        trials=tuple(result for result in found if result is not None),
-        environment=environment,
-    )
+    done = tuple(result for result in found if result is not None)
+    report = StudyReport(topic=topic, trials=done)
     page = describe(report)
     store.write({**draw(page), REPORT_FILE: to_bytes(report)})
     return report, page

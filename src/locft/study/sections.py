@@ -1,10 +1,11 @@
 """What the reports of all studies have in common."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from locft.report.page import Block, Command, Section, Text
 from locft.report.sections import provenance_table, settings_blocks
-from locft.report.words import SCORE_NAMES
+from locft.report.words import SCORE_NAMES, counted
 from locft.study.over_seeds import mean_over_seeds
 from locft.study.records import StudyReport, TrialResult
 from locft.types import Figure
@@ -26,12 +27,25 @@ def failure_texts(results: Iterable[TrialResult]) -> list[Block]:
 
 def closing_sections(report: StudyReport, command: str) -> tuple[Section, ...]:
     """Show the settings, where the trials were done, and the command that goes on."""
+    places = Counter(one.environment for one in report.trials if one.environment is not None)
+    [*others, last] = places or [None]
+    elsewhere = [
+        Text(
+            f"{counted(places[one], 'trial')} on another machine or in another way, whose times do not "
+            f"compare with the others: {one.device}, {counted(one.num_threads, 'thread')}, "
+            f"{one.platform}, locft {one.locft}, torch {one.torch}, transformers {one.transformers}, "
+            f"Python {one.python}."
+        )
+        for one in others
+        if one is not None
+    ]
     return (
         Section(title="Settings", blocks=settings_blocks(report.topic.settings, {})),
         Section(
             title="Where",
             blocks=(
-                provenance_table(report.environment, report.topic.edits),
+                *(() if last is None else (provenance_table(last, report.topic.edits),)),
+                *elsewhere,
                 Text("Every trial: trials.jsonl. To go on, or to repeat it elsewhere:"),
                 Command(f"locft {command} MODEL EDITS -o DIR"),
             ),
