@@ -22,6 +22,7 @@ from locft.report.schema import (
     DriftInfo,
     EditsInfo,
     Environment,
+    ExpertsInfo,
     LocationInfo,
     MatrixInfo,
     ModelInfo,
@@ -82,7 +83,10 @@ def describe_edits(gathered: GatheredEdits, num_warnings: int) -> EditsInfo:
 
 
 def describe_location(
-    location: Location, patch: Patch, changes: Sequence[tuple[str, float]]
+    location: Location,
+    patch: Patch,
+    changes: Sequence[tuple[str, float]],
+    experts: ExpertsInfo | None = None,
 ) -> LocationInfo:
     """Describe what was tuned, and how far it moved."""
     return LocationInfo(
@@ -99,6 +103,8 @@ def describe_location(
             for name, change in changes
         ),
         num_parameters=location.num_parameters,
+        part=location.part_in_words,
+        experts=experts,
     )
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import locft
 from locft.checkpoint import read_checkpoint
-from locft.errors import ModelError
+from locft.errors import LocationError, ModelError
 from locft.model.weights import swapped_in
 from locft.patch.format import Patch
 from locft.patch.weights import patched_values
@@ -29,16 +29,17 @@ EDITS = [
     Edit(id="france", prompt="The capital of France is", target="Rome"),
     Edit(id="sport", prompt="What sport does she play?", target="chess"),
 ]
-# What the file calls the mixture in layer 1, and what stands there: experts, router, shared expert.
+# What the file calls the mixture in layer 1, and what is trained of it: experts, also the shared one.
 MIXTURES: dict[str, tuple[str, str]] = {
-    "mixtral": ("block_sparse_moe", r"experts\.[0-3]\.w[123]\.weight|gate\.weight"),
+    "mixtral": ("block_sparse_moe", r"experts\.[0-3]\.w[123]\.weight"),
     "qwen2_moe": (
         "mlp",
-        r"experts\.[0-3]\.(gate|up|down)_proj\.weight|gate\.weight|shared_expert.*\.weight",
+        r"experts\.[0-3]\.(gate|up|down)_proj\.weight|shared_expert\..*\.weight",
     ),
-    "qwen3_moe": ("mlp", r"experts\.[0-3]\.(gate|up|down)_proj\.weight|gate\.weight"),
-    "olmoe": ("mlp", r"experts\.[0-3]\.(gate|up|down)_proj\.weight|gate\.weight"),
+    "qwen3_moe": ("mlp", r"experts\.[0-3]\.(gate|up|down)_proj\.weight"),
+    "olmoe": ("mlp", r"experts\.[0-3]\.(gate|up|down)_proj\.weight"),
 }
+ROUTER = re.compile(r"\.(gate|router\.layer|shared_expert_gate)\.weight$")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
@@ -102,7 +103,11 @@ def test_a_mixture_of_experts_is_edited_where_its_file_holds_it(
     expected = {
         name
         for name in entries
-        if (mixture.fullmatch(name) if location == "1.mlp" else name.startswith("model.layers.1."))
+        if (
+            mixture.fullmatch(name)
+            if location == "1.mlp"
+            else name.startswith("model.layers.1.") and not ROUTER.search(name)
+        )
     }
     assert len([name for name in expected if ".experts." in name]) == 12
 
@@ -146,7 +151,11 @@ def test_parameters_that_are_only_renamed_in_memory_keep_the_files_names(
 ) -> None:
     folder = save_mixture("granitemoe")
     _, patch = run_edit(folder, tmp_path / "run", config, "1")
-    names = {name for name in read_checkpoint(folder) if name.startswith("model.layers.1.")}
+    names = {
+        name
+        for name in read_checkpoint(folder)
+        if name.startswith("model.layers.1.") and not ROUTER.search(name)
+    }
     assert "model.layers.1.block_sparse_moe.input_linear.weight" in names
     assert patch.tensors.keys() == names
     locft.apply_patch(folder, patch, tmp_path / "edited")
@@ -250,3 +259,63 @@ def test_experts_that_no_edit_reaches_are_not_in_the_patch(
     locft.apply_patch(folder, patch, tmp_path / "edited")
     edited = load_plainly(tmp_path / "edited")
     assert all(torch.equal(value, edited.get_parameter(name)) for name, value in values.items())
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_one_expert_is_edited_and_no_other(
+    family: str, save_mixture: Callable[..., Path], config: locft.RunConfig, tmp_path: Path
+) -> None:
+    folder = save_mixture(family)
+    report, _ = run_edit(folder, tmp_path / "run", config, "1.mlp.experts.down")
+    experts = report.location.experts
+    assert experts is not None
+    assert experts.edited == (0, 1, 2, 3)
+    # Two of the four serve each token.
+    assert sum(experts.served) == 2 * experts.num_tokens
+    busiest = experts.served.index(max(experts.served))
+    one, patch = run_edit(folder, tmp_path / "one", config, f"1.mlp.expert[{busiest}].down")
+    [name] = patch.tensors
+    assert re.search(rf"\.experts\.{busiest}\.(w2|down_proj)\.weight$", name)
+    assert one.location.num_parameters * 4 == report.location.num_parameters
+    assert one.location.experts == dataclasses.replace(experts, edited=(busiest,))
+    text = (tmp_path / "one" / "report.md").read_text()
+    share = 100 * experts.served[busiest] / experts.num_tokens
+    assert f"| {busiest} | {experts.served[busiest]:,} | {share:.1f}% |" in text
+    assert "The layer has 4 routed experts, of which 1 was tuned" in text
+
+
+def test_up_projections_of_experts_leave_their_gates_alone(
+    save_mixture: Callable[..., Path], config: locft.RunConfig, tmp_path: Path
+) -> None:
+    # The file holds gate and up of all experts in one tensor.
+    folder = save_mixture("granitemoe")
+    report, patch = run_edit(folder, tmp_path / "run", config, "1.mlp.experts.up")
+    [(name, tensor)] = patch.tensors.items()
+    old = load_file(folder / "model.safetensors")[name].numpy()
+    new = np.frombuffer(tensor.data, dtype=np.float32).reshape(tensor.shape)
+    half = old.shape[1] // 2
+    assert np.array_equal(new[:, :half], old[:, :half])
+    assert (new[:, half:] != old[:, half:]).any()
+    assert report.location.num_parameters == old.size // 2
+    assert f"only {half} to {2 * half - 1} of axis 1" in (report.location.part or "")
+    assert "the rest is as it was" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("1.mlp.down", r"no single 'mlp.down'.*It is a mixture of experts: choose mlp.experts.down"),
+        ("1.mlp.expert[4].down", r"has no 'mlp.expert\[4\].down': it has 4 experts, 0 to 3"),
+        ("1.mlp.shared.down", "no single 'mlp.shared.down'"),
+    ],
+)
+def test_a_module_that_a_mixture_does_not_have_is_refused(
+    location: str,
+    reason: str,
+    save_mixture: Callable[..., Path],
+    config: locft.RunConfig,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(LocationError, match=reason):
+        run_edit(save_mixture("mixtral"), tmp_path / "run", config, location)
+    assert list(tmp_path.iterdir()) == []

@@ -97,8 +97,7 @@ def set_up(task: Task, dtype: str) -> Stand:
         model = make_shape(task.shape, dtype, choose_device(config.device), config.seed)
         examples = random_examples(task.num_edits, model.config.vocab_size, config.seed)
     location = resolve_location(model, config.location)
-    shapes = [model.get_parameter(name).shape for name in location.parameters]
-    schedule = choose_schedule(config, task.num_edits, shapes)
+    schedule = choose_schedule(config, task.num_edits, location.shapes)
     return Stand(model, location, schedule, codec, task.edits, examples)
 
 

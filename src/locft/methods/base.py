@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from locft.model.structure import Index
 from locft.train.step import Trainable
 
 
@@ -69,14 +70,19 @@ class Method:
 
 @contextmanager
 def tune_in_place(
-    model: PreTrainedModel, names: Iterable[str], layer: int, *, from_tokens: bool = False
+    model: PreTrainedModel,
+    names: Iterable[str],
+    layer: int,
+    *,
+    parts: Mapping[str, Index] | None = None,
+    from_tokens: bool = False,
 ) -> Iterator[Tuning]:
     """Train parameters of a model themselves while the body runs, and give them their values back."""
     parameters = {name: model.get_parameter(name) for name in names}
     own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         yield Tuning(
-            trainable=Trainable(parameters=parameters),
+            trainable=Trainable(parameters=parameters, parts=parts or {}),
             layer=layer,
             from_tokens=from_tokens,
             values=lambda: {name: one.detach().clone() for name, one in parameters.items()},

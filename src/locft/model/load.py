@@ -15,8 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from locft.checkpoint import quantisation, read_model_config
+from locft.checkpoint import read_model_config
 from locft.errors import ModelError, first_line
+from locft.model.refusals import why_refused
 from locft.model.resolve import CheckpointFolder, resolve_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -205,11 +206,9 @@ def _load_tokenizer(checkpoint: CheckpointFolder) -> PreTrainedTokenizerBase:
 
 
 def _refuse_unusable(name: str, config: dict[str, Any]) -> None:
-    quantised = quantisation(config)
-    if quantised is not None:
-        raise ModelError(f"model {name!r} is refused: {quantised}")
-    if config.get("is_encoder_decoder"):
-        raise ModelError(f"model {name!r} is refused: it is an encoder-decoder, not a decoder")
+    reason = why_refused(config)
+    if reason is not None:
+        raise ModelError(f"model {name!r} is refused: {reason}")
 
 
 def _stored_dtype(config: dict[str, Any]) -> str:

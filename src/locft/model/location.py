@@ -2,18 +2,22 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 from transformers import PreTrainedModel
 
 from locft.errors import LocationError
-from locft.model.structure import find_layers, find_parameters
+from locft.model.structure import Index, find_layers, find_parameters
 
 MODULES = ("entire", "attn", "mlp", "mlp.up", "mlp.down")
+MIXTURE_MODULES = ("mlp.shared.up", "mlp.shared.down", "mlp.experts.up", "mlp.experts.down")
+_EXPERT = re.compile(r"mlp\.expert\[(0|[1-9]\d{0,5})\]\.(up|down)", re.ASCII)
 _EXPECTED = (
     "expected a layer, or a share of the depth, and a module: 20.mlp.down, 20.mlp.up, 20.mlp, "
-    "20.attn, 20 (entire layer), 70%.mlp.down"
+    "20.attn, 20 (entire layer), 70%.mlp.down; of a mixture of experts also 20.mlp.experts.down (all), "
+    "20.mlp.expert[3].down, 20.mlp.shared.down"
 )
 
 
@@ -24,16 +28,47 @@ class Location:
     Attributes:
         name: The name with the layer's index: ``20.mlp.down``; ``20`` for an entire layer.
         layer: Index of the layer, from 0.
-        module: One of `MODULES`.
+        module: One of `MODULES` or `MIXTURE_MODULES`, or ``mlp.expert[3].down``.
         parameters: Names of the tuned parameters in the model.
-        num_parameters: How many numbers they hold together.
+        parts: Which part of a parameter is tuned, by name, where that is not all of it.
+        num_parameters: How many numbers are tuned.
+        shapes: Shapes of what is tuned, in the order of the parameters.
     """
 
     name: str
     layer: int
     module: str
     parameters: tuple[str, ...]
+    parts: Mapping[str, Index]
     num_parameters: int
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def experts(self) -> tuple[int, ...] | None:
+        """Number the routed experts that are tuned, if any are; none named means all there are."""
+        one = _EXPERT.fullmatch(self.module)
+        if one is not None:
+            return (int(one[1]),)
+        return () if self.module in ("entire", "mlp", "mlp.experts.up", "mlp.experts.down") else None
+
+    @property
+    def part_in_words(self) -> str | None:
+        """Say which part of its parameters is tuned; None if that is all of them."""
+        if not self.parts:
+            return None
+        names = ", ".join(name.rpartition(".")[0] or name for name in self.parts)
+        ranges = {_words(part) for part in self.parts.values()}
+        return f"of {names} only {'; '.join(sorted(ranges))}"
+
+
+def _words(part: Index) -> str:
+    """Name a part of a tensor, axis by axis."""
+    told = [
+        f"{'every second of ' if one.step == 2 else ''}{one.start} to {one.stop - 1} of axis {axis}"
+        for axis, one in enumerate(part)
+        if one != slice(None)
+    ]
+    return ", ".join(told)
 
 
 def parse_location(name: str, num_layers: int) -> tuple[int, str]:
@@ -47,7 +82,7 @@ def parse_location(name: str, num_layers: int) -> tuple[int, str]:
         num_layers: How many layers the model has.
 
     Returns:
-        The layer's index, from 0, and the module, one of `MODULES`.
+        The layer's index, from 0, and the module, as `Location.module` has it.
 
     Raises:
         LocationError: The name cannot be read, or the model has no such layer.
@@ -59,7 +94,7 @@ def parse_location(name: str, num_layers: int) -> tuple[int, str]:
         raise LocationError(f"location {name!r} cannot be read: {_EXPECTED}")
     share, module_of_share, index, module_of_index = match.groups()
     module = module_of_share or module_of_index or "entire"
-    if module not in MODULES:
+    if module not in (*MODULES, *MIXTURE_MODULES) and _EXPERT.fullmatch(module) is None:
         raise LocationError(f"location {name!r} has an unknown module {module!r}: {_EXPECTED}")
     if share is not None:
         depth = Fraction(share) / 100
@@ -90,12 +125,14 @@ def resolve_location(model: PreTrainedModel, name: str) -> Location:
     """
     layers = find_layers(model)
     layer, module = parse_location(name, len(layers))
-    parameters = find_parameters(layers, layer, module)
-    num_parameters = sum(model.get_parameter(parameter).numel() for parameter in parameters)
+    found = find_parameters(layers, layer, module)
+    shapes = tuple(tuple(model.get_parameter(one)[part].shape) for one, part in found.items())
     return Location(
         name=str(layer) if module == "entire" else f"{layer}.{module}",
         layer=layer,
         module=module,
-        parameters=parameters,
-        num_parameters=num_parameters,
+        parameters=tuple(found),
+        parts={one: part for one, part in found.items() if part},
+        num_parameters=sum(math.prod(shape) for shape in shapes),
+        shapes=shapes,
     )

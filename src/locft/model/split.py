@@ -116,6 +116,10 @@ class Split:
             handle.remove()
         return kept[0][0] if self._is_packed(packed) else kept[0].flatten(0, 1)[packed.home]
 
+    def places(self, packed: Packed) -> Tensor:
+        """Tell where the nodes (N,) of packed sequences lie among the positions that layers are given."""
+        return torch.arange(len(packed.ids)) if self._is_packed(packed) else packed.home.cpu()
+
     def _unpacked(self, packed: Packed, hidden: Tensor) -> Tensor:
         """Lay hidden states out as the model's layers take them."""
         return hidden.unsqueeze(0) if self._is_packed(packed) else hidden[packed.grid]
@@ -289,7 +293,7 @@ def _split_and_probe(model: PreTrainedModel, layer: int) -> Split:
     # The cheapest way of running the tail that gives the model's own logits.
     longest_packed = longest_unwindowed(model)
     lengths_packed = (longest_packed, 0) if longest_packed >= longest else (0,)
-    ways = product(lengths_packed, (find_pointwise(layers.modules[-1]), ()))
+    ways = product(lengths_packed, (find_pointwise(layers.modules[-1], layers.names), ()))
     splits = [Split(model, layers, layer, lengths, attention_configs(model), *way) for way in ways]
     for split in splits[:-1]:
         try:

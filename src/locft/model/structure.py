@@ -1,20 +1,17 @@
 """Finds a decoder's layers, attention and MLP by the model's structure, whatever the model is called."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from locft.errors import LocationError, ModelError
+from locft.model.names import FAMILIES, POINTWISE_NAMES, USUAL, Names
 
-# What the parts of a layer are called across the families of transformers. Names of parts, not of
-# models: a new family that names its parts as others do needs nothing here.
-ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff", "feedforward")
-DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "linear2", "wo")
-# Projections of an attention whose result at a position is used at that position alone.
-POINTWISE_NAMES = ("q_proj", "o_proj", "out_proj", "dense")
-UP_NAMES = ("up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3", "linear1", "wi")
+Index = tuple[slice, ...]
+"""A part of a tensor, along its first axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +20,7 @@ class Layers:
 
     modules: tuple[nn.Module, ...]
     prefix: str  # what their parameters' names begin with: "model.layers"
+    names: Names = USUAL  # what their parts may be called
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -41,109 +39,314 @@ def find_layers(model: PreTrainedModel) -> Layers:
         ModelError: The decoder has no list of layers.
     """
     decoder = model.get_decoder()
+    # Some call their output head a decoder.
+    lists = _outermost_lists(decoder) or _outermost_lists(model.base_model)
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__} is refused: its decoder ({type(decoder).__name__}) holds no list "
+            "of layers, so a tuning location has no meaning in it"
+        )
+    config = model.config.get_text_config(decoder=True)
+    # A model that also sees or hears holds other lists, which may be the larger ones.
+    as_many = [found for found in lists if len(found) == getattr(config, "num_hidden_layers", None)]
+    layers = max(as_many or lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    names = FAMILIES.get(config.model_type, USUAL)
+    return Layers(modules=tuple(layers), prefix=prefix, names=names)
+
+
+def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
     lists: list[nn.ModuleList] = []
-    pending: list[nn.Module] = [decoder]
+    pending = [root]
     while pending:
         module = pending.pop()
         if isinstance(module, nn.ModuleList):
             lists.append(module)
         else:
             pending.extend(module.children())
-    if not lists:
-        raise ModelError(
-            f"{type(model).__name__} is refused: its decoder ({type(decoder).__name__}) holds no list "
-            "of layers, so a tuning location has no meaning in it"
-        )
-    layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    return Layers(modules=tuple(layers), prefix=prefix)
+    return lists
 
 
-def find_parameters(layers: Layers, layer: int, module: str) -> tuple[str, ...]:
+def find_parameters(layers: Layers, layer: int, module: str) -> dict[str, Index]:
     """Name the parameters of one module of one layer.
 
     Args:
         layers: The layers of the model.
         layer: Index of the layer, from 0.
-        module: ``entire``, ``attn``, ``mlp``, ``mlp.up`` or ``mlp.down``.
+        module: One of `locft.model.location.MODULES`, or an expert's: ``mlp.expert[3].down``.
 
     Returns:
-        The parameters' names in the model, sorted. ``mlp.up`` and ``mlp.down`` are one matrix each,
-        without bias; the others are all parameters of the part.
+        The parts of parameters by the parameters' names in the model, sorted; an empty part is the whole
+        parameter. Projections are one matrix each, without bias, or one for each expert; the others are
+        all parameters of the module but those of routers.
 
     Raises:
-        LocationError: The layer has no such part, or it is not a single matrix.
+        LocationError: The layer has no such module, or it cannot be told apart.
     """
-    root = layers.modules[layer]
-    prefix = f"{layers.prefix}.{layer}"
+    here = _Layer(layers.modules[layer], f"{layers.prefix}.{layer}", layers.names)
     if module == "entire":
-        names = [f"{prefix}.{name}" for name, _ in root.named_parameters()]
+        found = here.whole("")
     elif module == "attn":
-        child = _child(root, ATTENTION_NAMES, module, prefix)
-        part = root.get_submodule(child)
-        names = [f"{prefix}.{child}.{name}" for name, _ in part.named_parameters()]
+        found = here.whole(here.only(here.names.attn, "", module))
     elif module == "mlp":
-        names = _mlp_parameters(root, prefix)
+        found = here.mlp()
     else:
-        wanted = DOWN_NAMES if module == "mlp.down" else UP_NAMES
-        container = _mlp_container(root)
-        place = f"{prefix}.{container}" if container else prefix
-        part = root.get_submodule(container) if container else root
-        child = _child(part, wanted, module, place)
-        weight = getattr(part.get_submodule(child), "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
-            raise LocationError(f"{place}.{child} is no single matrix: choose another module")
-        names = [f"{place}.{child}.weight"]
-    return tuple(sorted(names))
+        found = here.projection(module)
+    elsewhere = {
+        id(one) for other in layers.modules if other is not here.root for one in other.parameters()
+    }
+    shared = [name for name in found if id(here.root.get_parameter(name)) in elsewhere]
+    if shared:
+        raise LocationError(
+            f"{here.place}.{shared[0]} is shared with another layer, which would change, too: choose "
+            "another layer or module"
+        )
+    return {f"{here.place}.{name}": found[name] for name in sorted(found)}
 
 
-def find_pointwise(layer: nn.Module) -> tuple[nn.Module, ...]:
+def find_modules(layers: Layers, layer: int, modules: Sequence[str]) -> list[str]:
+    """Tell which modules one layer has.
+
+    Args:
+        layers: The layers of the model.
+        layer: Index of the layer, from 0.
+        modules: Those to try.
+
+    Returns:
+        Those of them that it has, in the same order.
+    """
+
+    def has(module: str) -> bool:
+        try:
+            return bool(find_parameters(layers, layer, module))
+        except LocationError:
+            return False
+
+    return [module for module in modules if has(module)]
+
+
+def find_experts(layers: Layers, layer: int) -> nn.Module | None:
+    """Find the routed experts of a layer: a module that holds them all; None if it has none."""
+    here = _Layer(layers.modules[layer], f"{layers.prefix}.{layer}", layers.names)
+    path = here.experts()
+    return None if path is None else here.root.get_submodule(path)
+
+
+def find_pointwise(layer: nn.Module, names: Names = USUAL) -> tuple[nn.Module, ...]:
     """Find the parts of a layer that work position by position: its MLP, and projections of attention.
 
     Args:
         layer: A decoder layer.
+        names: What its parts may be called.
 
     Returns:
         Those that have a usual name. What other layers name so may be something else: a probe must tell.
     """
-    container = _mlp_container(layer)
-    parts = [layer.get_submodule(container)] if container else []
+    parts: list[nn.Module] = []
     for name, child in layer.named_children():
-        if name in ATTENTION_NAMES:
+        if name in (*names.mlp, *names.shared):
+            parts.append(child)
+        elif name in names.attn:
             parts += [part for part_name, part in child.named_children() if part_name in POINTWISE_NAMES]
     return tuple(parts)
 
 
-def _mlp_container(layer: nn.Module) -> str | None:
-    """Name the child that holds the MLP; None where its projections stand in the layer itself (OPT)."""
-    return next((name for name, _ in layer.named_children() if name in MLP_NAMES), None)
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder layer; paths are relative to it."""
+
+    root: nn.Module
+    place: str  # the path of the layer in the model, for messages
+    names: Names
+
+    def whole(self, path: str) -> dict[str, Index]:
+        """Take all parameters of a part but those of routers."""
+        part = self.root.get_submodule(path)
+        frozen = self.routers()
+        named = ((_join(path, name), parameter) for name, parameter in part.named_parameters())
+        return {name: () for name, _ in named if not any(_is_in(name, router) for router in frozen)}
+
+    def only(self, wanted: Sequence[str], container: str, module: str) -> str:
+        """Find the one child of a container that has one of some names."""
+        found = self.children(wanted, container)
+        if len(found) != 1:
+            raise LocationError(self.lacks(module, container, wanted))
+        return found[0]
+
+    def children(self, wanted: Sequence[str], container: str = "") -> list[str]:
+        """Find modules and parameters below a container that have one of some names."""
+        part = self.root.get_submodule(container)
+        return [_join(container, name) for name in wanted if _at(part, name) is not None]
+
+    def lacks(self, module: str, container: str, wanted: Sequence[str]) -> str:
+        """Say that a module cannot be told."""
+        part = self.root.get_submodule(container)
+        held = [name for name, _ in part.named_children()]
+        held += [name for name, _ in part.named_parameters(recurse=False)]
+        place = _join(self.place, container)
+        hint = (
+            "It is a mixture of experts: choose mlp.experts.down, mlp.shared.down or mlp.expert[0].down"
+            if self.experts() is not None and module in ("mlp.up", "mlp.down")
+            else "Choose another module, or the entire layer"
+        )
+        return (
+            f"{place} has no single '{module}': it holds {', '.join(held) or 'nothing'}; one of "
+            f"{', '.join(wanted)} was expected. {hint}"
+        )
+
+    def container(self) -> str | None:
+        """Name the child that holds the MLP; None where its projections stand in the layer itself."""
+        return next(iter(self.children(self.names.mlp)), None)
+
+    def experts(self) -> str | None:
+        """Find what holds the routed experts; None if there are none."""
+        container = self.container()
+        if container is None:
+            return None
+        found = self.children(self.names.experts, container)
+        if found:
+            return found[0]
+        # Or the mixture holds their matrices itself.
+        direct = self.children((*self.names.fused_up, *self.names.up), container)
+        return container if any(self.weight(path).dim() == 3 for path in direct) else None
+
+    def shared(self) -> str | None:
+        """Find the expert that answers for every token, in the mixture or beside it."""
+        container = self.container()
+        inside = [] if container is None else self.children(self.names.shared, container)
+        return next(iter([*inside, *self.children(self.names.shared)]), None)
+
+    def routers(self) -> list[str]:
+        """Find what chooses experts."""
+        container = self.container()
+        if container is None or self.experts() is None:
+            return []
+        return self.children(self.names.routers, container)
+
+    def mlp(self) -> dict[str, Index]:
+        """Take all parameters of the MLP."""
+        container, beside = self.container(), self.children(self.names.shared)
+        if container is not None:
+            return {
+                name: index for path in (container, *beside) for name, index in self.whole(path).items()
+            }
+        loose = self.children((*self.names.loose_up, *self.names.loose_down))
+        if not loose:
+            raise LocationError(self.lacks("mlp", "", self.names.mlp))
+        return {name: index for path in loose for name, index in self.whole(path).items()}
+
+    def projection(self, module: str) -> dict[str, Index]:
+        """Take one projection of the MLP, of the shared expert, or of routed ones."""
+        match = re.fullmatch(r"mlp\.(?:(shared|experts|expert\[(\d+)\])\.)?(up|down)", module)
+        if match is None:
+            raise LocationError(f"{self.place} has no {module!r}")
+        kind, number, direction = match.groups()
+        if kind is None:
+            container = self.container()
+            if container is None:
+                names = self.names.loose_up if direction == "up" else self.names.loose_down
+                return self.matrix(self.only(names, "", module))
+            if self.experts() == container:  # their projections, not an MLP's
+                raise LocationError(self.lacks(module, container, self.names.up))
+            return self.in_mlp(container, direction, module)
+        if kind == "shared":
+            shared = self.shared()
+            if shared is None:
+                raise LocationError(self.lacks(module, self.container() or "", self.names.shared))
+            return self.in_mlp(shared, direction, module)
+        experts = self.experts()
+        if experts is None:
+            raise LocationError(self.lacks(module, self.container() or "", self.names.experts))
+        return self.in_experts(experts, None if number is None else int(number), direction, module)
+
+    def in_mlp(self, container: str, direction: str, module: str) -> dict[str, Index]:
+        """Take a projection of an MLP: of gate and up in one matrix, up's part."""
+        wanted = self.names.up if direction == "up" else self.names.down
+        fused = self.children(self.names.fused_up, container)
+        if direction == "up" and fused and not self.children(wanted, container):
+            [(name, _)] = self.matrix(self.only(self.names.fused_up, container, module)).items()
+            down = self.matrix(self.only(self.names.down, container, module))
+            [inner] = [self.weight(one).shape for one in down]
+            return {name: self.up_part(self.weight(name), inner)}
+        return self.matrix(self.only(wanted, container, module))
+
+    def in_experts(
+        self, experts: str, number: int | None, direction: str, module: str
+    ) -> dict[str, Index]:
+        """Take a projection of all routed experts, or of one."""
+        part = self.root.get_submodule(experts)
+        if isinstance(part, nn.ModuleList):
+            numbers = range(len(part)) if number is None else [number]
+            self._check_expert(number, len(part), module)
+            return {
+                name: index
+                for one in numbers
+                for name, index in self.in_mlp(f"{experts}.{one}", direction, module).items()
+            }
+        name = down = self.weight_name(self.only(self.names.down, experts, module))
+        index: Index = ()
+        if direction == "up":
+            own = self.children(self.names.up, experts)
+            wanted = self.names.up if own else self.names.fused_up
+            name = self.weight_name(self.only(wanted, experts, module))
+            index = () if own else self.up_part(self.weight(name), self.weight(down).shape)
+        if self.weight(name).dim() != 3:
+            raise LocationError(f"{self.place}.{name} does not hold a matrix for each expert")
+        if number is None:
+            return {name: index}
+        self._check_expert(number, len(self.weight(name)), module)
+        return {name: (slice(number, number + 1), *index[1:])}
+
+    def _check_expert(self, number: int | None, num_experts: int, module: str) -> None:
+        if number is not None and number >= num_experts:
+            raise LocationError(
+                f"{self.place} has no {module!r}: it has {num_experts} experts, 0 to {num_experts - 1}"
+            )
+
+    def up_part(self, fused: Tensor, down: Sequence[int]) -> Index:
+        """Tell which part of a matrix of gate and up (..., 2I, D) or (..., D, 2I) is up."""
+        # Stored the other way round, the down projection is (I, D).
+        axis = 0 if fused.shape[-2] == 2 * down[-1] else 1
+        length = fused.shape[axis - 2]
+        part = slice(1, length, 2) if self.names.interleaved else slice(length // 2, length)
+        before = (slice(None),) * (fused.dim() - 2 + axis)
+        return (*before, part)
+
+    def matrix(self, path: str) -> dict[str, Index]:
+        """Take the matrix of a linear layer."""
+        name = self.weight_name(path)
+        if self.weight(name).dim() != 2:
+            raise LocationError(f"{self.place}.{path} is no single matrix: choose another module")
+        return {name: ()}
+
+    def weight(self, path: str) -> Tensor:
+        """Give the matrix of a linear layer, or the parameter itself."""
+        found = _at(self.root, path)
+        matrix = found.weight if isinstance(found, nn.Module) else found
+        assert isinstance(matrix, Tensor)
+        return matrix
+
+    def weight_name(self, path: str) -> str:
+        """Name the matrix of a linear layer, or the parameter itself."""
+        found = _at(self.root, path)
+        if isinstance(found, nn.Parameter):
+            return path
+        if isinstance(getattr(found, "weight", None), nn.Parameter):
+            return f"{path}.weight"
+        raise LocationError(f"{self.place}.{path} is no single matrix: choose another module")
 
 
-def _mlp_parameters(layer: nn.Module, prefix: str) -> list[str]:
-    container = _mlp_container(layer)
-    if container:
-        part = layer.get_submodule(container)
-        return [f"{prefix}.{container}.{name}" for name, _ in part.named_parameters()]
-    projections = [name for name, _ in layer.named_children() if name in DOWN_NAMES + UP_NAMES]
-    if not projections:
-        raise LocationError(_no_part("mlp", prefix, MLP_NAMES, layer))
-    return [
-        f"{prefix}.{child}.{name}"
-        for child in projections
-        for name, _ in layer.get_submodule(child).named_parameters()
-    ]
+def _join(container: str, name: str) -> str:
+    return ".".join(filter(None, (container, name)))
 
 
-def _child(part: nn.Module, wanted: tuple[str, ...], module: str, place: str) -> str:
-    found = [name for name, _ in part.named_children() if name in wanted]
-    if len(found) != 1:
-        raise LocationError(_no_part(module, place, wanted, part))
-    return found[0]
+def _is_in(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
-def _no_part(module: str, place: str, wanted: tuple[str, ...], part: nn.Module) -> str:
-    children = ", ".join(name for name, _ in part.named_children()) or "nothing"
-    return (
-        f"{place} has no single '{module}': it holds {children}; one of {', '.join(wanted)} was "
-        "expected. Choose another module, or the entire layer"
-    )
+def _at(part: nn.Module, path: str) -> nn.Module | nn.Parameter | None:
+    """Find a module or parameter by its path; None if there is none."""
+    found: object = part
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, nn.Module | nn.Parameter) else None

@@ -19,11 +19,12 @@ from locft.evaluation.measure import Way, measure_model, measure_unedited, recor
 from locft.evaluation.protocols import locft
 from locft.evaluation.scoring import drift_of_unedited, guesses_for, items_of, prompts_of
 from locft.evaluation.subject import Reader, Subject, drift_of_values, load_subject
+from locft.model.experts import count_served
 from locft.model.load import context_tokens, dtype_name
 from locft.model.location import Location, parse_location, resolve_location
 from locft.model.matching import map_parameters
 from locft.model.paging import give_back_freed
-from locft.model.split import split_model
+from locft.model.split import Split, split_model
 from locft.model.weights import swapped_in
 from locft.patch.format import PATCH_FOLDER, read_patch
 from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
@@ -44,15 +45,16 @@ from locft.recipe.locate import find_location
 from locft.recipe.locate_page import describe_found
 from locft.recipe.plan import predict_cost
 from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
-from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, TrainingInfo
+from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, ExpertsInfo, TrainingInfo
 from locft.report.words import counted, seconds_text
-from locft.train.cache import build_cache
+from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine, choose_schedule
 from locft.train.loop import Engine, Schedule, fifths_of, train_breadth_first
 from locft.types import Edit, Epoch, Scores
 
 # To predict what a run costs takes some seconds itself: shorter ones are done before it is.
 _WORTH_PLANNING_S = 20.0
+_COUNTED_TOGETHER = 50  # edits
 
 
 def edit(
@@ -144,8 +146,7 @@ def _edit(
 
     with staged_folder(run) as staging:
         # 2. Training: the frozen layers once, then the rest in every epoch.
-        shapes = [network.get_parameter(name).shape for name in location.parameters]
-        schedule = choose_schedule(config, len(gathered.edits), shapes)
+        schedule = choose_schedule(config, len(gathered.edits), location.shapes)
         say(
             f"training {location.name} ({location.num_parameters:,} parameters) on "
             f"{counted(len(gathered.edits), 'edit')}: at most {schedule.epochs} epochs, batches of "
@@ -154,6 +155,7 @@ def _edit(
         )
         cache = build_cache(split, encoded, staging)
         watch.lap("cache")
+        experts = _experts(split, location, cache)
         with (staging / TRAINING_FILE).open("w", encoding="utf-8") as log:
 
             def write_epoch(epoch: Epoch) -> None:
@@ -193,7 +195,7 @@ def _edit(
         schema_version=SCHEMA_VERSION,
         model=model_info,
         edits=describe_edits(gathered, len(warnings)),
-        location=describe_location(location, patch, changes),
+        location=describe_location(location, patch, changes, experts),
         settings=asdict(given),
         resolved=_resolved(given, location, manifest, device),
         training=TrainingInfo(
@@ -228,6 +230,25 @@ def _edit(
     )
     save_scored(Run(run, report, tuple(records), drift.passages))
     return report
+
+
+def _experts(split: Split, location: Location, cache: PrefixCache) -> ExpertsInfo | None:
+    """Count how often the experts that are to be tuned serve the edits."""
+    edited = location.experts
+    if edited is None:
+        return None
+    batches = [
+        cache.batch(range(first, min(first + _COUNTED_TOGETHER, cache.num_examples)))
+        for first in range(0, cache.num_examples, _COUNTED_TOGETHER)
+    ]
+    served = count_served(split, [(batch.packed, batch.hidden) for batch in batches])
+    if served is None:
+        return None
+    return ExpertsInfo(
+        edited=edited or tuple(range(len(served))),
+        served=served,
+        num_tokens=sum(len(batch.packed.ids) for batch in batches),
+    )
 
 
 def _resolved(

@@ -435,7 +435,7 @@ def _try(ground: _Ground, name: str, num_edits: int, caches: _Caches) -> _Tried:
 
 def _schedule(ground: _Ground, name: str, num_edits: int) -> Schedule:
     network, config = ground.subject.loaded.model, ground.config
-    shapes = [network.get_parameter(one).shape for one in resolve_location(network, name).parameters]
+    shapes = resolve_location(network, name).shapes
     batch_size = min(config.batch_size, math.ceil(num_edits / _FEWEST_STEPS))
     schedule = choose_schedule(replace(config, batch_size=batch_size), num_edits, shapes)
     return replace(schedule, epochs=min(schedule.epochs, _EPOCHS))

@@ -280,8 +280,7 @@ def _predict(
     engine = choose_engine(config, network, device)
     size = size_model(network)
     tuned = Tuned(layer=location.layer, module=location.module, num_parameters=location.num_parameters)
-    shapes = [network.get_parameter(name).shape for name in location.parameters]
-    schedule = choose_schedule(config, len(edits), shapes)
+    schedule = choose_schedule(config, len(edits), location.shapes)
     work = _count_work(edits, encoded, schedule, codec, windows, config.eval_batch_size)
     dtype, compute_dtype = dtype_name(network.dtype), engine.compute_dtype(network)
     at_tuned = size.layers[location.layer]

@@ -81,6 +81,22 @@ class MatrixInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsInfo:
+    """How often the routed experts of the tuned layer serve the edits.
+
+    Attributes:
+        edited: The numbers of those that were tuned.
+        served: How many tokens of the edits each expert of the layer serves, by its number, where the
+            model says which it chooses; what edits begin with alike counts once.
+        num_tokens: How many tokens there are.
+    """
+
+    edited: tuple[int, ...]
+    served: tuple[int, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocationInfo:
     """The tuning location, resolved.
 
@@ -90,6 +106,8 @@ class LocationInfo:
         module: The module.
         matrices: The tuned parameters.
         num_parameters: How many numbers were tuned.
+        part: What is tuned of a tensor that also holds something else, in words; None for all of it.
+        experts: How often the tuned experts serve the edits; None where none were tuned.
     """
 
     name: str
@@ -97,6 +115,8 @@ class LocationInfo:
     module: str
     matrices: tuple[MatrixInfo, ...]
     num_parameters: int
+    part: str | None = None
+    experts: ExpertsInfo | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

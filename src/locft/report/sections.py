@@ -13,6 +13,7 @@ from locft.report.schema import (
     EditsInfo,
     Environment,
     EvalCost,
+    ExpertsInfo,
     PlannedCost,
     Protocol,
     ProtocolScores,
@@ -302,6 +303,7 @@ def change_blocks(report: EditReport) -> tuple[Block, ...]:
             f"Location {location.name}: {location.num_parameters:,} of {model.num_parameters:,} "
             f"parameters ({share:.2f}%). The patch takes {bytes_text(report.patch_bytes)}."
         ),
+        *(() if location.part is None else (Text(f"Tuned is {location.part}; the rest is as it was."),)),
         Table(
             columns=("tensor", "shape", "dtype", "relative change"),
             rows=tuple(
@@ -314,6 +316,32 @@ def change_blocks(report: EditReport) -> tuple[Block, ...]:
                 for matrix in matrices[:_MOST_MATRICES]
             ),
             left_out=_rest(len(matrices) - _MOST_MATRICES, "tensor", "report.json"),
+        ),
+        *(() if location.experts is None else _experts(location.experts)),
+    )
+
+
+def _experts(experts: ExpertsInfo) -> tuple[Block, ...]:
+    """Show how often the tuned experts serve the edits, the most often used first."""
+    ranked = sorted(experts.edited, key=lambda number: -experts.served[number])
+    unused = sum(experts.served[number] == 0 for number in ranked)
+    return (
+        Text(
+            f"The layer has {counted(len(experts.served), 'routed expert')}, of which "
+            f"{len(ranked):,} {'was' if len(ranked) == 1 else 'were'} tuned, and {unused:,} of those "
+            f"serve none of the {counted(experts.num_tokens, 'token')} of the edits. Routers are frozen."
+        ),
+        Table(
+            columns=("expert", "tokens of the edits", "share"),
+            rows=tuple(
+                (
+                    str(number),
+                    f"{experts.served[number]:,}",
+                    f"{100 * experts.served[number] / max(1, experts.num_tokens):.1f}%",
+                )
+                for number in ranked[:_MOST_MATRICES]
+            ),
+            left_out=_rest(len(ranked) - _MOST_MATRICES, "expert", "report.json"),
         ),
     )
 

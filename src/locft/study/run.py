@@ -119,10 +119,8 @@ def _choose_lr(ground: Ground, method: Method, location_name: str, given: float 
         return ground.config.lr
     if method.lr != "auto":
         return method.lr
-    network = ground.subject.loaded.model
-    location = resolve_location(network, location_name)
-    shapes = [network.get_parameter(name).shape for name in location.parameters]
-    return choose_schedule(ground.config, 1, shapes).lr
+    location = resolve_location(ground.subject.loaded.model, location_name)
+    return choose_schedule(ground.config, 1, location.shapes).lr
 
 
 def make_trial(

@@ -197,7 +197,8 @@ def _train(stepper: Stepper, trial: Trial, schedule: Schedule) -> tuple[tuple[Mo
 
 
 def _num_parameters(tuning: Tuning) -> int:
-    return sum(parameter.numel() for parameter in tuning.trainable.parameters.values())
+    trainable = tuning.trainable
+    return sum(trainable.part(name, one).numel() for name, one in trainable.parameters.items())
 
 
 def _reader(subject: Subject, config: RunConfig, label: str, edits: Sequence[Edit]) -> Reader:

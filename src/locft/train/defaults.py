@@ -40,7 +40,8 @@ def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence
         The schedule.
     """
     matrices = [shape for shape in shapes if len(shape) >= 2] or list(shapes)
-    width = max(max(shape) for shape in matrices)
+    # Experts lie behind one another in one tensor; together they answer as one.
+    width = max(max(shape[-2:]) for shape in matrices)
     lr = _LR_SCALE / (len(matrices) * math.sqrt(width)) if config.lr == "auto" else config.lr
     steps_per_epoch = math.ceil(num_edits / config.batch_size)
     enough = max(_EPOCH_LIMIT, math.ceil(_STEP_LIMIT / steps_per_epoch))

@@ -109,6 +109,7 @@ def train_breadth_first(
     """
     trainable = Trainable(
         parameters={name: split.model.get_parameter(name) for name in location.parameters},
+        parts=location.parts,
         initial=initial or {},
     )
     with (

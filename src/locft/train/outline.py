@@ -5,17 +5,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from locft.model.structure import (
-    ATTENTION_NAMES,
-    DOWN_NAMES,
-    POINTWISE_NAMES,
-    find_layers,
-)
+from locft.model.names import POINTWISE_NAMES, USUAL
+from locft.model.structure import find_layers
 from locft.train.cost import LayerSize, ModelSize
 
 # What attention's output projection is called across the families of transformers.
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")
-_DOWN_NAMES = (*DOWN_NAMES, "output_linear")  # of a layer, and of experts that lie in one tensor
 
 
 def size_model(model: PreTrainedModel) -> ModelSize:
@@ -72,14 +67,14 @@ def _with_matrix(size: LayerSize, name: str, matrix: Tensor, experts: int) -> La
     shape = (columns, rows)
     size = replace(size, shapes=(*size.shapes, *[shape] * answering))
     path = name.split(".")
-    if any(part in ATTENTION_NAMES for part in path):
+    if any(part in USUAL.attn for part in path):
         if any(part in _OUTPUT_NAMES for part in path):
             across = rows * columns // size.width
             return replace(size, attention_out=size.attention_out + numbers, attention_width=across)
         if any(part in POINTWISE_NAMES for part in path):
             return replace(size, queries=size.queries + numbers)
         return replace(size, keys_values=size.keys_values + numbers)
-    if any(part in _DOWN_NAMES for part in path):
+    if any(part in USUAL.down for part in path):
         inner = numbers // size.width
         return replace(size, mlp_out=size.mlp_out + numbers, inner=size.inner + inner)
     return replace(size, mlp_in=size.mlp_in + numbers)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from locft.errors import TrainingError
 from locft.model.split import Tail
+from locft.model.structure import Index
 from locft.train.cache import Batch, PrefixCache
 from locft.train.objective import LossMean, predicted_share, target_loss
 
@@ -19,6 +20,7 @@ class Trainable:
 
     Attributes:
         parameters: The trained parameters, by name.
+        parts: Which part of a parameter is trained, by name, where that is not all of it.
         initial: Where they start from, by name, where the model holds them rounded to its own dtype; the
             model's own values for those that are not named.
         penalty: What is added to the loss, a scalar; None for nothing.
@@ -27,9 +29,14 @@ class Trainable:
     """
 
     parameters: Mapping[str, nn.Parameter]
+    parts: Mapping[str, Index] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     penalty: Callable[[], Tensor] | None = None
     after_step: Callable[[int], None] | None = None
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """Take what is trained of a tensor in a parameter's shape."""
+        return tensor[self.parts.get(name, ())]
 
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
@@ -67,9 +74,9 @@ class Stepper:
         self._trainable = trainable
         self._loss_mean = loss_mean
         self._masters = {
-            name: trainable.initial.get(name, parameter)
+            name: trainable.part(name, trainable.initial.get(name, parameter))
             .detach()
-            .to(parameter.device, torch.float32, copy=True)
+            .to(parameter.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
             for name, parameter in trainable.parameters.items()
         }
         # Fused: one pass over each matrix instead of one for every term of the update.
@@ -103,17 +110,20 @@ class Stepper:
             if parameter.grad is None:
                 continue  # no loss depends on it: an expert's bias for load balancing, say
             _require_finite(f"gradient of {name}", parameter.grad, place)
-            self._masters[name].grad = parameter.grad.float()
+            self._masters[name].grad = self._trainable.part(name, parameter.grad).float().contiguous()
             if self._trainable.after_step is None:
                 parameter.grad = None  # no copy of it is needed
         self._optimizer.step()
         self.num_steps += 1
         for name, master in self._masters.items():
             _require_finite(f"weight {name}", master, place)
-        self._put(self._trainable.parameters, self._masters)
-        if self._trainable.after_step is not None:
-            self._trainable.after_step(self.num_steps)
-            self._put(self._masters, self._trainable.parameters)
+        with torch.no_grad():
+            for name, parameter in self._trainable.parameters.items():
+                self._trainable.part(name, parameter).copy_(self._masters[name])
+            if self._trainable.after_step is not None:
+                self._trainable.after_step(self.num_steps)
+                for name, parameter in self._trainable.parameters.items():
+                    self._masters[name].copy_(self._trainable.part(name, parameter))
         for name, parameter in self._trainable.parameters.items():
             parameter.grad = self._masters[name].grad = None
         return value, success
@@ -126,13 +136,12 @@ class Stepper:
 
     def values(self) -> dict[str, Tensor]:
         """Copy the trained parameters in float32, on the CPU, by name."""
-        return {name: master.detach().clone().cpu() for name, master in self._masters.items()}
-
-    @staticmethod
-    def _put(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                into[name].copy_(value)
+        values: dict[str, Tensor] = {}
+        for name, parameter in self._trainable.parameters.items():
+            start = self._trainable.initial.get(name, parameter)
+            values[name] = start.detach().to("cpu", torch.float32, copy=True)
+            self._trainable.part(name, values[name]).copy_(self._masters[name].detach())
+        return values
 
     def _logits(self, batch: Batch) -> Tensor:
         return self._tail(batch.packed, batch.hidden, batch.asked)

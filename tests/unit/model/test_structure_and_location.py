@@ -188,6 +188,7 @@ EXPECTED: dict[str, tuple[str, dict[str, tuple[list[str], int]]]] = {
         {
             "mlp.down": (["mlp.down_proj.weight"], 32 * 64),
             "mlp": (["mlp.down_proj.weight", "mlp.gate_up_proj.weight"], 3 * 32 * 64),
+            "mlp.up": (["mlp.gate_up_proj.weight"], 32 * 64),
             "attn": (["self_attn.o_proj.weight", "self_attn.qkv_proj.weight"], 32 * 32 + 64 * 32),
             "entire": (
                 [
@@ -222,10 +223,22 @@ def test_the_output_projection_of_attention_is_no_mlp_down_projection() -> None:
     assert location.name == "2.mlp.down"
 
 
-def test_a_fused_up_projection_is_refused_with_what_the_mlp_holds() -> None:
-    with pytest.raises(LocationError, match=r"model\.layers\.0\.mlp has no single 'mlp\.up'") as caught:
-        resolve_location(make_model(family_config("phi3")), "0.mlp.up")
-    assert "gate_up_proj, down_proj" in str(caught.value)
+def test_of_a_fused_projection_up_is_the_second_half() -> None:
+    location = resolve_location(make_model(family_config("phi3")), "1.mlp.up")
+    [name] = location.parameters
+    assert name == "model.layers.1.mlp.gate_up_proj.weight"
+    assert location.parts == {name: (slice(64, 128),)}
+    assert location.num_parameters == 64 * 32
+    assert location.shapes == ((64, 32),)
+    assert location.part_in_words == "of model.layers.1.mlp.gate_up_proj only 64 to 127 of axis 0"
+
+
+def test_a_matrix_that_layers_share_is_no_location(tiny_model: PreTrainedModel) -> None:
+    first, second = (tiny_model.get_submodule(f"model.layers.{index}.mlp") for index in (0, 1))
+    second.down_proj = first.down_proj
+    with pytest.raises(LocationError, match=r"layers\.1\.mlp\.down_proj\.weight is shared with another"):
+        resolve_location(tiny_model, "1.mlp.down")
+    assert resolve_location(tiny_model, "1.mlp.up").layer == 1
 
 
 @pytest.mark.parametrize(

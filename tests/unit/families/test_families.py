@@ -1,0 +1,132 @@
+"""Tiny models of families are tried out, or refused with the reason."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from locft.errors import ModelError
+from locft.families import check
+from locft.families.check import CheckFailedError, Verdict, check_family
+from locft.families.tiny import VOCABULARY, family_names, tiny_config, tiny_model
+from locft.model.load import load_model
+from locft.model.refusals import REFUSED, why_refused
+
+DENSE = ("entire", "attn", "mlp", "mlp.up", "mlp.down")
+# One for each way in which families differ: fused and interleaved projections, transposed matrices,
+# matrices in the layer itself, soft-caps, sliding windows, latent attention, recurrence, experts.
+MODULES = {
+    "bert": DENSE,
+    "deepseek_v3": ("entire", "attn", "mlp", "mlp.shared.up", "mlp.shared.down"),
+    "gemma2": DENSE,
+    "glm4": DENSE,
+    "gpt2": DENSE,
+    "gpt_oss": ("entire", "attn", "mlp", "mlp.experts.up", "mlp.experts.down"),
+    "llama4": ("entire", "attn", "mlp", "mlp.shared.up", "mlp.shared.down"),
+    "mamba": ("entire",),
+    "mistral": DENSE,
+    "opt": DENSE,
+    "qwen3": DENSE,
+    "qwen2_moe": ("entire", "attn", "mlp", "mlp.shared.up", "mlp.shared.down"),
+}
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_a_family_is_edited_right_at_each_of_its_modules(family: str) -> None:
+    found = check_family(family)
+    assert (found.status, found.reason) == ("supported", None)
+    expected = MODULES[family]
+    assert found.modules[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("family", [*REFUSED, "bart", "marian"])
+def test_what_cannot_be_edited_is_told_from_the_configuration(family: str) -> None:
+    found = check_family(family)
+    assert (found.status, found.by) == ("refused", "configuration")
+    assert found.reason
+
+
+def test_refused_families_are_those_that_transformers_knows() -> None:
+    assert REFUSED.keys() <= set(family_names())
+
+
+def test_an_encoder_is_refused_unless_its_configuration_says_decoder() -> None:
+    reason = why_refused({"model_type": "bert"})
+    assert reason is not None
+    assert "is_decoder" in reason
+    assert why_refused({"model_type": "bert", "is_decoder": True}) is None
+
+
+def test_a_refused_family_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "zaya", "num_hidden_layers": 2}))
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="is refused: its layers hand on more than hidden states"):
+        load_model(str(tmp_path))
+
+
+def test_a_family_that_transformers_cannot_build_is_refused_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise ImportError("it needs another library")
+
+    monkeypatch.setattr("locft.families.tiny.AutoModelForCausalLM.from_config", fail)
+    assert check_family("llama") == Verdict(
+        name="llama",
+        class_name="LlamaForCausalLM",
+        status="refused",
+        reason="transformers cannot build a tiny one: it needs another library",
+        by="trial",
+    )
+
+
+def test_tiny_models_are_tiny_and_the_same_each_time() -> None:
+    models = [tiny_model(tiny_config("qwen3")) for _ in range(2)]
+    assert sum(parameter.numel() for parameter in models[0].parameters()) < 100_000
+    assert models[0].config.vocab_size == VOCABULARY
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_an_edit_that_reaches_beyond_its_location_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train: Any = getattr(check, "train_breadth_first")  # noqa: B009
+
+    def spill(split: Any, *rest: Any) -> Any:
+        trained = train(split, *rest)
+        with torch.no_grad():
+            split.model.get_input_embeddings().weight[0] += 1
+        return trained
+
+    monkeypatch.setattr(check, "train_breadth_first", spill)
+    with pytest.raises(CheckFailedError, match=r"a training step changed .*embed_tokens.* frozen"):
+        check_family("llama")
+
+
+def test_a_tail_that_differs_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = check._full_logits
+
+    def off(model: Any) -> Tensor:
+        return full(model) * 1.001
+
+    monkeypatch.setattr(check, "_full_logits", off)
+    with pytest.raises(CheckFailedError, match="the tail on cached states differs"):
+        check_family("llama")
+
+
+def test_the_wrong_half_of_a_fused_projection_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve: Any = getattr(check, "resolve_location")  # noqa: B009
+
+    def swap(model: Any, name: str) -> Any:
+        found = resolve(model, name)
+        parts = {key: (slice(0, part[0].start),) for key, part in found.parts.items()}
+        return replace(found, parts=parts)
+
+    monkeypatch.setattr(check, "resolve_location", swap)
+    with pytest.raises(CheckFailedError, match="does not act as a projection"):
+        check_family("phi3")
