@@ -336,6 +336,27 @@ def _report_study(words: argparse.Namespace) -> int:
     return 0
 
 
+def _families(words: argparse.Namespace) -> int:
+    from locft.families.page import describe_families
+    from locft.families.records import read_families
+
+    if words.check:
+        _quiet_libraries()
+        from locft.families.suite import check_families
+
+        found = check_families(words.families)
+    else:
+        found = read_families().choose(tuple(words.families))
+    if words.json:
+        print_json(asdict(found))
+    else:
+        from locft.cli.show import make_console, show_page
+
+        show_page(make_console(), describe_families(found))
+    has_failed = any(one.status == "failed" for one in found.families)
+    return LocftError.exit_status if has_failed else 0
+
+
 def _locate(words: argparse.Namespace) -> int:
     config = _config(words)
     if words.output is not None:
@@ -397,6 +418,7 @@ _COMMANDS = {
     "study": _study,
     "bench": _bench,
     "convert": _convert,
+    "families": _families,
 }
 
 

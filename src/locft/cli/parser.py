@@ -69,6 +69,14 @@ examples:
 An evaluation within a run folder (locft eval ... --patch runs/facts -o runs/facts/evaluation) is shown
 with the run. Differences are paired, on the items that both runs have. Nothing is measured: no torch.
 """
+_FAMILIES_EPILOG = """\
+examples:
+  locft families                      all, as they were tried with one version of transformers
+  locft families qwen3_moe            one of them
+  locft families --check qwen3_moe    tried out now, with the transformers that is installed
+
+exit status: 1 if nothing refuses a family, and an edit of its tiny model goes wrong
+"""
 _ENGINE_EPILOG = """\
 examples:
   locft bench engine
@@ -350,6 +358,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder to make for what is drawn (default: of one run, its own folder; of several, none)",
     )
     _add_json(report, "print the report, or the comparison, as JSON on stdout")
+
+    families = _command(
+        commands, "families", "say which families of models can be edited", _FAMILIES_EPILOG
+    )
+    families.add_argument(
+        "families",
+        metavar="FAMILY",
+        nargs="*",
+        help="the model_type of a configuration: llama, qwen3_moe (default: all)",
+    )
+    families.add_argument(
+        "--check",
+        action="store_true",
+        help="try them out now, on tiny models made by the transformers that is installed",
+    )
+    _add_json(families, "print the verdicts as JSON on stdout instead of tables")
 
     locate = _command(commands, "locate", "find a good tuning location", _LOCATE_EPILOG)
     locate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)

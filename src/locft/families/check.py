@@ -1,8 +1,8 @@
 """Tries a family out on a tiny model: all that an edit relies on, at each module of a middle layer."""
 
+import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from locft.checkpoint import read_checkpoint
 from locft.data.encode import Encoded
 from locft.errors import LocftError
+from locft.families.records import Verdict
 from locft.families.tiny import NUM_LAYERS, VOCABULARY, class_name, tiny_config, tiny_model
 from locft.model.experts import count_served
 from locft.model.location import MIXTURE_MODULES, MODULES, Location, resolve_location
@@ -34,27 +35,6 @@ _LENGTHS = (9, 6, 4)
 _LARGEST_DIFFERENCE = 1e-5  # of logits, to the largest of them
 _LARGEST_BEND = 1e-3  # of what is affine but for rounding
 _LR = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whether a family can be edited.
-
-    Attributes:
-        name: The `model_type` of its configurations.
-        class_name: The class of its models.
-        status: ``supported``, or ``refused``.
-        modules: Which modules of a middle layer of the tiny model can be tuned.
-        reason: Why it is refused; None if it is supported.
-        by: What refuses it: its ``configuration``, before weights are loaded, or a ``trial``.
-    """
-
-    name: str
-    class_name: str
-    status: Literal["supported", "refused"]
-    modules: tuple[str, ...] = ()
-    reason: str | None = None
-    by: Literal["configuration", "trial"] | None = None
 
 
 class CheckFailedError(LocftError):
@@ -92,7 +72,8 @@ def check_family(name: str) -> Verdict:
         config.save_pretrained(folder)  # of all of it, where this is the decoder of something larger
         for module in modules:
             _check_module(name, model, folder, module, Path(place) / module)
-    return Verdict(name=name, class_name=class_name(name), status="supported", modules=tuple(modules))
+    named = tuple(dict.fromkeys(re.sub(r"\[\d+\]", "[N]", module) for module in modules))
+    return Verdict(name=name, class_name=class_name(name), status="supported", modules=named)
 
 
 def _refused_by_configuration(name: str) -> Verdict | None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from locft.errors import ModelError, first_line
+from locft.errors import ModelError
 
 NUM_LAYERS = 4
 VOCABULARY = 128
@@ -53,6 +53,12 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_output_size": 32},
+    "dots3_note_vision_encoder": {
+        "adapter_in_dim": 32,
+        "adapter_out_dim": 32,
+        "mlp_layer_types": ["dense"] * NUM_LAYERS,
+    },
     "gpt_neo": {
         "attention_types": [[["global", "local"], 2]],
         "attention_layers": ["global", "local"] * 2,
@@ -103,7 +109,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
         kind = CONFIG_MAPPING[family]
         return kind(**_shrink(kind().to_dict()))
     except Exception as error:  # whatever a configuration finds wrong with itself
-        raise ModelError(f"transformers cannot configure a tiny one: {first_line(error)}") from error
+        raise ModelError(f"transformers cannot configure a tiny one: {_in_a_line(error)}") from error
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -116,7 +122,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever a class finds wrong with its configuration
-        raise ModelError(f"transformers cannot build a tiny one: {first_line(error)}") from error
+        raise ModelError(f"transformers cannot build a tiny one: {_in_a_line(error)}") from error
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2 and not parameter.any():
@@ -124,6 +130,11 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _in_a_line(error: Exception) -> str:
+    """Give an error's words, of which the first line may be the least telling."""
+    return " ".join(str(error).split())
 
 
 def _shrink(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class Split:
         return kept[0][0] if self._is_packed(packed) else kept[0].flatten(0, 1)[packed.home]
 
     def places(self, packed: Packed) -> Tensor:
-        """Tell where the nodes (N,) of packed sequences lie among the positions that layers are given."""
+        """Tell where the nodes (N,) of packed sequences lie among the positions that layers see."""
         return torch.arange(len(packed.ids)) if self._is_packed(packed) else packed.home.cpu()
 
     def _unpacked(self, packed: Packed, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from locft.types import CapabilityScores, Epoch, Figure, MovedPassage, Scores
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True)

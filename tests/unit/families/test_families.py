@@ -11,7 +11,8 @@ from torch import Tensor
 
 from locft.errors import ModelError
 from locft.families import check
-from locft.families.check import CheckFailedError, Verdict, check_family
+from locft.families.check import CheckFailedError, check_family
+from locft.families.records import Verdict
 from locft.families.tiny import VOCABULARY, family_names, tiny_config, tiny_model
 from locft.model.load import load_model
 from locft.model.refusals import REFUSED, why_refused
