@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny_phi3_config
+from conftest import tiny_mixture_config
 
 import locft
 from locft.cli.main import main
@@ -191,11 +191,12 @@ def test_a_location_that_cannot_be_trained_is_never_recommended(
 
 
 @pytest.mark.usefixtures("quick")
-def test_parts_that_a_family_does_not_have_are_not_tried(save_model: Callable[..., Path]) -> None:
-    found = locate(str(save_model(tiny_phi3_config())), EDITS, 60, config=CONFIG)
+def test_of_a_mixture_the_projections_of_all_experts_are_tried(save_model: Callable[..., Path]) -> None:
+    found = locate(str(save_model(tiny_mixture_config("mixtral"))), EDITS, 60, config=CONFIG)
     names = {one.location for outcomes in found.rounds for one in outcomes}
-    assert any(name.endswith("mlp.down") for name in names)
-    assert not any(name.endswith("mlp.up") for name in names)
+    assert any(name.endswith("mlp.experts.down") for name in names)
+    assert any(name.endswith("mlp.experts.up") for name in names)
+    assert not any(name.endswith((".mlp.down", ".mlp.up")) for name in names)
 
 
 def outcome(name: str, generalization: float, drift: float, value: float | None = 1.0) -> Outcome:

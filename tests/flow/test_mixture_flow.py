@@ -304,7 +304,10 @@ def test_up_projections_of_experts_leave_their_gates_alone(
 @pytest.mark.parametrize(
     ("location", "reason"),
     [
-        ("1.mlp.down", r"no single 'mlp.down'.*It is a mixture of experts: choose mlp.experts.down"),
+        (
+            "1.mlp.down",
+            r"no single 'mlp.down'.*: choose one of mlp.experts.down, mlp.expert.0..down$",
+        ),
         ("1.mlp.expert[4].down", r"has no 'mlp.expert\[4\].down': it has 4 experts, 0 to 3"),
         ("1.mlp.shared.down", "no single 'mlp.shared.down'"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_llama_config, tiny_phi3_config
+from conftest import tiny_llama_config, tiny_mixture_config
 from transformers import PreTrainedModel
 
 from locft.cli.main import main
@@ -350,7 +350,7 @@ def test_a_method_that_cannot_edit_the_model_says_so_before_any_training(
 ) -> None:
     plan = ComparePlan(methods=("full", "ft-m:location=1.mlp.up"), num_passages=2)
     with pytest.raises(InputError, match=r"has no single 'mlp.up'"):
-        compare(str(save_model(tiny_phi3_config())), EDITS, tmp_path / "study", plan, CONFIG)
+        compare(str(save_model(tiny_mixture_config("mixtral"))), EDITS, tmp_path / "study", plan, CONFIG)
     assert not (tmp_path / "study").exists()
 
 

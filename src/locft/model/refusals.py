@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from locft.checkpoint import quantisation
 
 _STATE = "its layers hand on more than hidden states, so that layers below a location cannot be run once"
@@ -63,6 +66,8 @@ def why_refused(config: Mapping[str, Any]) -> str | None:
     if config.get("is_encoder_decoder"):
         return "it is an encoder-decoder, not a decoder"
     family = config.get("model_type")
+    if family in CONFIG_MAPPING and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"transformers has no causal language model of its kind ({family})"
     if family in _MAY_BE_ENCODERS and not config.get("is_decoder"):
         return _ENCODER
     return REFUSED.get(str(family))

@@ -184,11 +184,12 @@ class _Layer:
         held = [name for name, _ in part.named_children()]
         held += [name for name, _ in part.named_parameters(recurse=False)]
         place = _join(self.place, container)
-        hint = (
-            "It is a mixture of experts: choose mlp.experts.down, mlp.shared.down or mlp.expert[0].down"
-            if self.experts() is not None and module in ("mlp.up", "mlp.down")
-            else "Choose another module, or the entire layer"
-        )
+        hint = "Choose another module, or the entire layer"
+        if self.experts() is not None and module in ("mlp.up", "mlp.down"):
+            direction = module.removeprefix("mlp.")
+            kinds = ("experts", "expert[0]", *(() if self.shared() is None else ("shared",)))
+            ways = ", ".join(f"mlp.{kind}.{direction}" for kind in kinds)
+            hint = f"It is a mixture of experts: choose one of {ways}"
         return (
             f"{place} has no single '{module}': it holds {', '.join(held) or 'nothing'}; one of "
             f"{', '.join(wanted)} was expected. {hint}"

@@ -26,9 +26,9 @@ from locft.evaluation.metrics import Floats, mean, mean_per_token, middle_of
 from locft.evaluation.subject import Subject, load_subject
 from locft.methods import Plan, ft_m
 from locft.model.load import context_tokens
-from locft.model.location import resolve_location
+from locft.model.location import MIXTURE_MODULES, MODULES, resolve_location
 from locft.model.split import Split, Tail, split_model
-from locft.model.structure import find_layers
+from locft.model.structure import find_layers, find_modules
 from locft.progress import progress
 from locft.recipe.preference import Preference, rule_of, value_from, value_of
 from locft.report.words import counted, seconds_text
@@ -327,10 +327,13 @@ def _first_locations(ground: _Ground) -> list[str]:
     names: dict[str, None] = {}
     reason: LocationError | None = None
     for *_, name in sorted(places):
-        try:
-            names[resolve_location(ground.subject.loaded.model, name).name] = None
-        except LocationError as error:  # a part that this family does not have
-            reason = error
+        # Where a layer has a mixture of experts, it is the projections of all experts.
+        for wanted in (name, name.replace(".mlp.", ".mlp.experts.")):
+            try:
+                names[resolve_location(ground.subject.loaded.model, wanted).name] = None
+                break
+            except LocationError as error:  # a part that this layer does not have
+                reason = error
     if not names:
         assert reason is not None
         raise reason
@@ -342,11 +345,17 @@ def _neighbours(ground: _Ground, names: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     step = max(1, round(ground.num_layers / 20))
     for name in names:
-        layer, _, module = name.partition(".")
+        layer, _, part = name.partition(".")
+        module = part or "entire"
         for near in (int(layer) - step, int(layer) + step):
-            if 0 <= near < ground.num_layers:
-                found[f"{near}.{module}" if module else str(near)] = None
+            if 0 <= near < ground.num_layers and module in _modules(ground, near):
+                found[f"{near}.{module}" if module != "entire" else str(near)] = None
     return list(found)
+
+
+def _modules(ground: _Ground, layer: int) -> list[str]:
+    layers = find_layers(ground.subject.loaded.model)
+    return find_modules(layers, layer, (*MODULES, *MIXTURE_MODULES))
 
 
 def _work(ground: _Ground, name: str, num_edits: int) -> float:

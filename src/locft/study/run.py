@@ -13,7 +13,7 @@ from locft.evaluation.protocols import locft
 from locft.evaluation.subject import Subject, load_subject
 from locft.methods import Method
 from locft.model.load import context_tokens
-from locft.model.location import resolve_location
+from locft.model.location import Location, resolve_location
 from locft.model.split import split_model
 from locft.provenance import describe_edits, describe_environment, describe_model, describe_protocol
 from locft.recipe.run_folder import REPORT_FILE, draw
@@ -111,7 +111,7 @@ def prepare(
     return Ground(topic=topic, subject=subject, edits=gathered.edits, text=text, config=config)
 
 
-def _choose_lr(ground: Ground, method: Method, location_name: str, given: float | None) -> float:
+def _choose_lr(ground: Ground, method: Method, location: Location | None, given: float | None) -> float:
     """Choose a method's learning rate: the one that is given, its own, or the rule for a location."""
     if given is not None:
         return given
@@ -119,8 +119,8 @@ def _choose_lr(ground: Ground, method: Method, location_name: str, given: float 
         return ground.config.lr
     if method.lr != "auto":
         return method.lr
-    location = resolve_location(ground.subject.loaded.model, location_name)
-    return choose_schedule(ground.config, 1, location.shapes).lr
+    shapes = [(1, 1)] if location is None else location.shapes
+    return choose_schedule(ground.config, 1, shapes).lr
 
 
 def make_trial(
@@ -134,15 +134,17 @@ def make_trial(
     num_edits: int | None = None,
 ) -> Trial:
     """Make the trial of a method with its own settings; on all edits, and at the usual location."""
-    name = location_name or spec.given.get("location", ground.config.location)
-    location = resolve_location(ground.subject.loaded.model, name).name
+    location: Location | None = None
+    if spec.method.uses_location:
+        name = location_name or spec.given.get("location", ground.config.location)
+        location = resolve_location(ground.subject.loaded.model, name)
     return Trial(
         method=spec.method.name,
         settings=spec.settings,
-        location=location if spec.method.uses_location else None,
+        location=None if location is None else location.name,
         pipeline=pipeline,
         batch_size=1 if pipeline == "depth-first" else batch_size,
-        lr=_choose_lr(ground, spec.method, name, spec.given.get("lr")),
+        lr=_choose_lr(ground, spec.method, location, spec.given.get("lr")),
         seed=seed,
         num_edits=num_edits or len(ground.edits),
     )

@@ -1,21 +1,30 @@
 """Tiny models of families are tried out, or refused with the reason."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from locft.checkpoint import read_checkpoint
+from locft.cli.main import main
 from locft.errors import ModelError
-from locft.families import check
+from locft.families import check, suite
 from locft.families.check import CheckFailedError, check_family
-from locft.families.records import Verdict
+from locft.families.page import describe_families
+from locft.families.records import Families, Verdict, read_families
+from locft.families.suite import check_families
 from locft.families.tiny import VOCABULARY, family_names, tiny_config, tiny_model
 from locft.model.load import load_model
 from locft.model.refusals import REFUSED, why_refused
+from locft.report.markdown import draw_markdown
 
 DENSE = ("entire", "attn", "mlp", "mlp.up", "mlp.down")
 # One for each way in which families differ: fused and interleaved projections, transposed matrices,
@@ -131,3 +140,96 @@ def test_the_wrong_half_of_a_fused_projection_fails_the_check(monkeypatch: pytes
     monkeypatch.setattr(check, "resolve_location", swap)
     with pytest.raises(CheckFailedError, match="does not act as a projection"):
         check_family("phi3")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4", "qwen3_5", "qwen3_5_moe"])
+def test_the_decoder_within_a_model_that_sees_is_edited(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seeing = AutoModelForImageTextToText.from_config(tiny_config(family), dtype=torch.float32)
+    seeing.save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    module = "mlp.experts.down" if family in ("llama4", "qwen3_5_moe") else "mlp.down"
+    check._check_module(family, model, tmp_path / "model", module, tmp_path / "edited")
+    entries = read_checkpoint(tmp_path / "edited")
+    assert any("vision" in name or "visual" in name for name in entries)
+
+
+def test_a_model_without_a_causal_language_model_is_refused_by_its_kind() -> None:
+    assert why_refused({"model_type": "llava"}) == (
+        "transformers has no causal language model of its kind (llava)"
+    )
+
+
+def test_the_verdicts_that_come_with_locft_are_those_in_the_docs() -> None:
+    found = read_families()
+    statuses = Counter(one.status for one in found.families)
+    assert statuses["supported"] >= 145
+    assert statuses["failed"] == 0
+    assert {one.by for one in found.families if one.status == "refused"} == {"configuration"}
+    page = Path(__file__).parents[3] / "docs/families.md"
+    assert page.read_text() == draw_markdown(describe_families(found))
+
+
+def test_families_are_tried_in_processes_and_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = check_families(["qwen3", "bart", "bart"], num_processes=1)
+    assert [(one.name, one.status) for one in found.families] == [
+        ("bart", "refused"),
+        ("qwen3", "supported"),
+    ]
+    assert found.transformers == version("transformers")
+
+
+def test_what_goes_wrong_in_a_trial_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> Verdict:
+        raise CheckFailedError("an edit went\nwrong")
+
+    monkeypatch.setattr(check, "check_family", fail)
+    assert suite._check("llama") == Verdict(
+        name="llama",
+        class_name="LlamaForCausalLM",
+        status="failed",
+        reason="CheckFailedError: an edit went wrong",
+    )
+
+
+def test_the_command_prints_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["families", "qwen3_moe", "zaya"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 supported, 1 refused of 2 families." in shown
+    assert "mlp.expert[N].down" in shown
+    assert main(["families", "llama", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["families"] == [
+        {
+            "name": "llama",
+            "class_name": "LlamaForCausalLM",
+            "status": "supported",
+            "modules": list(DENSE),
+            "reason": None,
+            "by": None,
+        }
+    ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--check"]])
+def test_an_unknown_family_is_told_with_those_that_come_close(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["families", "lama", *flags]) == 2
+    assert "family 'lama' is unknown" in (said := capsys.readouterr().err)
+    assert "did you mean llama" in said
+
+
+def test_a_family_that_fails_ends_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find(names: Sequence[str]) -> Families:
+        wrong = Verdict(name=names[0], class_name="A", status="failed", reason="it changes too much")
+        return Families(transformers="5", families=(wrong,))
+
+    monkeypatch.setattr(suite, "check_families", find)
+    assert main(["families", "llama", "--check"]) == 1
+    shown = capsys.readouterr().out
+    assert "0 supported, 1 failed of 1 family." in shown
+    assert "it changes too much" in shown

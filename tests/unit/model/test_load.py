@@ -131,10 +131,11 @@ def test_pickled_weights_are_refused_and_never_opened(folder: Path) -> None:
     assert "safetensors" in refusal(folder)
 
 
-def test_quantised_weights_are_refused_by_their_method(folder: Path) -> None:
-    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "gguf"])
+def test_quantised_weights_are_refused_by_their_method(method: str, folder: Path) -> None:
+    edit_json(folder / "config.json", quantization_config={"quant_method": method})
     message = refusal(folder)
-    assert "its weights are quantised (gptq)" in message
+    assert f"its weights are quantised ({method})" in message
     assert "original checkpoint" in message
 
 
@@ -146,7 +147,7 @@ def test_an_encoder_decoder_is_refused(folder: Path) -> None:
 
 def test_a_model_of_images_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="vit")
-    assert "cannot be loaded" in refusal(folder)
+    assert "transformers has no causal language model of its kind (vit)" in refusal(folder)
 
 
 def test_weights_missing_from_the_files_are_refused_by_name(folder: Path) -> None:
