@@ -43,7 +43,8 @@ class RunConfig:
     location: str = _setting(
         "70%.mlp.down",
         "tuning location: LAYER.MODULE or SHARE%%.MODULE, with MODULE one of mlp.down, mlp.up, mlp, "
-        "attn; LAYER alone is the entire layer; auto looks for one, as `locft locate` does",
+        "attn, and of a mixture mlp.experts.down, mlp.expert[3].down or mlp.shared.down; LAYER alone is "
+        "the entire layer; auto looks for one, as `locft locate` does",
         "method",
     )
     format: Literal["raw", "chat"] = _setting(

@@ -297,7 +297,9 @@ def test_up_projections_of_experts_leave_their_gates_alone(
     assert np.array_equal(new[:, :half], old[:, :half])
     assert (new[:, half:] != old[:, half:]).any()
     assert report.location.num_parameters == old.size // 2
-    assert f"only {half} to {2 * half - 1} of axis 1" in (report.location.part or "")
+    assert f"gate_up_proj only indices {half} to {2 * half - 1} of axis 1" in (
+        report.location.part or ""
+    )
     assert "the rest is as it was" in (tmp_path / "run" / "report.md").read_text()
 
 

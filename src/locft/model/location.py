@@ -56,18 +56,23 @@ class Location:
         """Say which part of its parameters is tuned; None if that is all of them."""
         if not self.parts:
             return None
-        names = ", ".join(name.rpartition(".")[0] or name for name in self.parts)
-        ranges = {_words(part) for part in self.parts.values()}
-        return f"of {names} only {'; '.join(sorted(ranges))}"
+        names = ", ".join(name.removesuffix(".weight") for name in self.parts)
+        ranges = dict.fromkeys(_words(part) for part in self.parts.values())
+        return f"of {names} only {'; '.join(ranges)}"
 
 
 def _words(part: Index) -> str:
     """Name a part of a tensor, axis by axis."""
-    told = [
-        f"{'every second of ' if one.step == 2 else ''}{one.start} to {one.stop - 1} of axis {axis}"
-        for axis, one in enumerate(part)
-        if one != slice(None)
-    ]
+    told = []
+    for axis, one in enumerate(part):
+        if one == slice(None):
+            continue
+        last = one.stop - 1
+        if one.start == last:
+            told.append(f"index {last} of axis {axis}")
+        else:
+            which = "every second index" if one.step == 2 else "indices"
+            told.append(f"{which} {one.start} to {last} of axis {axis}")
     return ", ".join(told)
 
 

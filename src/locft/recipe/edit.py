@@ -148,7 +148,9 @@ def _edit(
         # 2. Training: the frozen layers once, then the rest in every epoch.
         schedule = choose_schedule(config, len(gathered.edits), location.shapes)
         say(
-            f"training {location.name} ({location.num_parameters:,} parameters) on "
+            f"training {location.name} ({location.num_parameters:,} parameters"
+            + (f", {location.part_in_words}" if location.parts else "")
+            + ") on "
             f"{counted(len(gathered.edits), 'edit')}: at most {schedule.epochs} epochs, batches of "
             f"{schedule.batch_size}, learning rate {schedule.lr:.3g}"
             + (f"; at most {seconds_text(planned.train_s)}" if planned is not None else "")

@@ -273,7 +273,7 @@ def tuned_gradient_flops(layer: LayerSize, module: str, batch: Pass, *, last: bo
 
     Args:
         layer: The layer.
-        module: The module that is tuned: ``entire``, ``attn``, ``mlp``, ``mlp.up`` or ``mlp.down``.
+        module: The module that is tuned, as `Location.module` has it.
         batch: What passes through it.
         last: Whether the head follows.
 
@@ -283,9 +283,9 @@ def tuned_gradient_flops(layer: LayerSize, module: str, batch: Pass, *, last: bo
     rows = batch.asked if last else batch.tokens
     mlp = layer.mlp_in + layer.mlp_out
     attention = 2 * _attention_flops(layer, batch)
-    if module == "mlp.down":
+    if module.endswith(".down"):  # of all experts that answer, where there are experts
         return 2 * rows * layer.mlp_out
-    if module == "mlp.up":  # gated MLPs have a second matrix of this shape, which is frozen
+    if module.endswith(".up"):  # gated MLPs have a second matrix of this shape, which is frozen
         return 2 * rows * (_up_numbers(layer) + layer.mlp_out)
     if module == "mlp":
         return 2 * rows * (mlp + layer.mlp_out)

@@ -230,7 +230,9 @@ def test_of_a_fused_projection_up_is_the_second_half() -> None:
     assert location.parts == {name: (slice(64, 128),)}
     assert location.num_parameters == 64 * 32
     assert location.shapes == ((64, 32),)
-    assert location.part_in_words == "of model.layers.1.mlp.gate_up_proj only 64 to 127 of axis 0"
+    assert (
+        location.part_in_words == "of model.layers.1.mlp.gate_up_proj only indices 64 to 127 of axis 0"
+    )
 
 
 def test_a_matrix_that_layers_share_is_no_location(tiny_model: PreTrainedModel) -> None:
