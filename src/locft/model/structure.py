@@ -197,7 +197,8 @@ class _Layer:
 
     def container(self) -> str | None:
         """Name the child that holds the MLP; None where its projections stand in the layer itself."""
-        return next(iter(self.children(self.names.mlp)), None)
+        # What would be the shared expert is the MLP of a mixture without experts.
+        return next(iter(self.children((*self.names.mlp, *self.names.shared))), None)
 
     def experts(self) -> str | None:
         """Find what holds the routed experts; None if there are none."""
@@ -214,7 +215,9 @@ class _Layer:
     def shared(self) -> str | None:
         """Find the expert that answers for every token, in the mixture or beside it."""
         container = self.container()
-        inside = [] if container is None else self.children(self.names.shared, container)
+        if container is None or self.experts() is None:
+            return None
+        inside = self.children(self.names.shared, container)
         return next(iter([*inside, *self.children(self.names.shared)]), None)
 
     def routers(self) -> list[str]:
@@ -228,9 +231,8 @@ class _Layer:
         """Take all parameters of the MLP."""
         container, beside = self.container(), self.children(self.names.shared)
         if container is not None:
-            return {
-                name: index for path in (container, *beside) for name, index in self.whole(path).items()
-            }
+            paths = dict.fromkeys((container, *beside))
+            return {name: index for path in paths for name, index in self.whole(path).items()}
         loose = self.children((*self.names.loose_up, *self.names.loose_down))
         if not loose:
             raise LocationError(self.lacks("mlp", "", self.names.mlp))

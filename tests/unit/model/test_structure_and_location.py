@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
+    GraniteMoeHybridConfig,
     MistralConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -233,6 +234,24 @@ def test_of_a_fused_projection_up_is_the_second_half() -> None:
     assert (
         location.part_in_words == "of model.layers.1.mlp.gate_up_proj only indices 64 to 127 of axis 0"
     )
+
+
+def test_a_mixture_without_experts_has_an_mlp_like_any_other() -> None:
+    config = GraniteMoeHybridConfig(
+        **SIZES,
+        num_local_experts=0,
+        shared_intermediate_size=48,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        layer_types=["full_attention"] * 3,
+    )
+    model = make_model(config)
+    location = resolve_location(model, "1.mlp.up")
+    [name] = location.parameters
+    assert name == "model.layers.1.shared_mlp.input_linear.weight"
+    assert location.parts == {name: (slice(48, 96),)}
+    with pytest.raises(LocationError, match=r"no single 'mlp\.shared\.down'"):
+        resolve_location(model, "1.mlp.shared.down")
 
 
 def test_a_matrix_that_layers_share_is_no_location(tiny_model: PreTrainedModel) -> None:
