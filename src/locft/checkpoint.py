@@ -150,9 +150,12 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     quantised = config.get("quantization_config")
     if not quantised:
         return None
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    method = quantised
+    if isinstance(quantised, dict):
+        by_bits = quantised.get("load_in_8bit") or quantised.get("load_in_4bit")
+        method = quantised.get("quant_method", "bitsandbytes" if by_bits else None)
     name = method if isinstance(method, str) and len(method) <= 40 else brief(method)
     return (
         f"its weights are quantised ({name}), and an edit needs plain ones: take the original"
-        " checkpoint, or dequantise it (locft convert, for GGUF)"
+        f" checkpoint{', or dequantise its file with locft convert' if method == 'gguf' else ''}"
     )

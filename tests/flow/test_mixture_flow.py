@@ -269,6 +269,7 @@ def test_one_expert_is_edited_and_no_other(
     report, _ = run_edit(folder, tmp_path / "run", config, "1.mlp.experts.down")
     experts = report.location.experts
     assert experts is not None
+    assert experts.served is not None
     assert experts.edited == (0, 1, 2, 3)
     # Two of the four serve each token.
     assert sum(experts.served) == 2 * experts.num_tokens
@@ -281,7 +282,7 @@ def test_one_expert_is_edited_and_no_other(
     text = (tmp_path / "one" / "report.md").read_text()
     share = 100 * experts.served[busiest] / experts.num_tokens
     assert f"| {busiest} | {experts.served[busiest]:,} | {share:.1f}% |" in text
-    assert "The layer has 4 routed experts, of which 1 was tuned" in text
+    assert "The layer has 4 routed experts. 1 expert was tuned." in text
 
 
 def test_up_projections_of_experts_leave_their_gates_alone(
@@ -297,19 +298,42 @@ def test_up_projections_of_experts_leave_their_gates_alone(
     assert np.array_equal(new[:, :half], old[:, :half])
     assert (new[:, half:] != old[:, half:]).any()
     assert report.location.num_parameters == old.size // 2
-    assert f"gate_up_proj only indices {half} to {2 * half - 1} of axis 1" in (
-        report.location.part or ""
+    assert report.location.part == (
+        f"up (indices {half} to {2 * half - 1} of axis 1) of "
+        "model.layers.1.block_sparse_moe.experts.gate_up_proj"
     )
-    assert "the rest is as it was" in (tmp_path / "run" / "report.md").read_text()
+    assert f"Only up (indices {half} to" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "meant"), [("qwen2_moe", "1.mlp.shared.down"), ("mixtral", "1.mlp.experts.down")]
+)
+def test_the_default_module_of_a_mixture_is_its_shared_expert_or_all_of_them(
+    family: str,
+    meant: str,
+    save_mixture: Callable[..., Path],
+    config: locft.RunConfig,
+    tmp_path: Path,
+) -> None:
+    report, _ = run_edit(save_mixture(family), tmp_path / "run", config, "50%.mlp.down")
+    assert report.location.name == meant
+
+
+@pytest.mark.parametrize("location", ["2.mlp.experts.down", "2"])
+def test_experts_of_the_last_layer_are_counted_at_every_token(
+    location: str, save_mixture: Callable[..., Path], config: locft.RunConfig, tmp_path: Path
+) -> None:
+    folder = save_mixture("mixtral")
+    report, _ = run_edit(folder, tmp_path / "run", config, location)
+    last = report.location.experts
+    assert last is not None
+    assert last.served is not None
+    assert sum(last.served) == 2 * last.num_tokens
 
 
 @pytest.mark.parametrize(
     ("location", "reason"),
     [
-        (
-            "1.mlp.down",
-            r"no single 'mlp.down'.*: choose one of mlp.experts.down, mlp.expert.0..down$",
-        ),
         ("1.mlp.expert[4].down", r"has no 'mlp.expert\[4\].down': it has 4 experts, 0 to 3"),
         ("1.mlp.shared.down", "no single 'mlp.shared.down'"),
     ],

@@ -348,8 +348,8 @@ def test_methods_are_compared_each_in_a_process_of_its_own(model: str, tmp_path:
 def test_a_method_that_cannot_edit_the_model_says_so_before_any_training(
     tmp_path: Path, save_model: Callable[..., Path]
 ) -> None:
-    plan = ComparePlan(methods=("full", "ft-m:location=1.mlp.up"), num_passages=2)
-    with pytest.raises(InputError, match=r"has no single 'mlp.up'"):
+    plan = ComparePlan(methods=("full", "ft-m:location=1.mlp.shared.up"), num_passages=2)
+    with pytest.raises(InputError, match=r"has no single 'mlp.shared.up'"):
         compare(str(save_model(tiny_mixture_config("mixtral"))), EDITS, tmp_path / "study", plan, CONFIG)
     assert not (tmp_path / "study").exists()
 

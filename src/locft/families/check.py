@@ -191,6 +191,14 @@ def _check_projection(where: str, model: PreTrainedModel, location: Location) ->
     What an MLP gives is affine in its down projection, and in its up projection where that is multiplied
     by a gate; in the gate it is not.
     """
+    if location.module.endswith((".up", ".down")):
+        head, _, direction = location.name.rpartition(".")
+        twin = resolve_location(model, f"{head}.{'down' if direction == 'up' else 'up'}")
+        if twin.num_parameters != location.num_parameters:
+            raise CheckFailedError(
+                f"{where}: up and down differ in size, {location.num_parameters:,} and "
+                f"{twin.num_parameters:,} numbers"
+            )
     if not location.module.endswith("down") and not location.parts:
         return
     [name] = location.parameters[:1]

@@ -56,13 +56,13 @@ class Families:
         for name in names:
             if name not in known:
                 raise InputError(unknown_family(name, tuple(known)))
-        chosen = tuple(known[name] for name in names) or self.families
+        chosen = tuple(known[name] for name in sorted(set(names))) or self.families
         return Families(transformers=self.transformers, families=chosen)
 
 
 def unknown_family(name: str, known: tuple[str, ...]) -> str:
     """Say that there is no such family, and which come close."""
-    near = get_close_matches(name, known, n=3, cutoff=0.4)
+    near = get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}" if near else "locft families names those there are"
     return f"family {name!r} is unknown: expected the model_type of a configuration; {hint}"
 

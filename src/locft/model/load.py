@@ -17,7 +17,7 @@ from transformers import (
 
 from locft.checkpoint import read_model_config
 from locft.errors import ModelError, first_line
-from locft.model.refusals import why_refused
+from locft.model.refusals import why_quantised, why_refused
 from locft.model.resolve import CheckpointFolder, resolve_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -206,9 +206,14 @@ def _load_tokenizer(checkpoint: CheckpointFolder) -> PreTrainedTokenizerBase:
 
 
 def _refuse_unusable(name: str, config: dict[str, Any]) -> None:
+    quantised = why_quantised(config)
+    if quantised is not None:
+        raise ModelError(f"model {name!r} is refused: {quantised}")
     reason = why_refused(config)
     if reason is not None:
-        raise ModelError(f"model {name!r} is refused: {reason}")
+        raise ModelError(
+            f"model {name!r} is refused: {reason}; `locft families` lists what can be edited"
+        )
 
 
 def _stored_dtype(config: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from transformers import PreTrainedModel
 
 from locft.errors import LocationError
-from locft.model.structure import Index, find_layers, find_parameters
+from locft.model.structure import Index, find_layers, find_parameters, find_stack, spell_out
 
 MODULES = ("entire", "attn", "mlp", "mlp.up", "mlp.down")
 MIXTURE_MODULES = ("mlp.shared.up", "mlp.shared.down", "mlp.experts.up", "mlp.experts.down")
@@ -32,7 +32,8 @@ class Location:
         parameters: Names of the tuned parameters in the model.
         parts: Which part of a parameter is tuned, by name, where that is not all of it.
         num_parameters: How many numbers are tuned.
-        shapes: Shapes of what is tuned, in the order of the parameters.
+        shapes: Shapes of what is tuned, in the order of the parameters; that of one expert where experts
+            lie behind one another in a tensor.
     """
 
     name: str
@@ -56,24 +57,23 @@ class Location:
         """Say which part of its parameters is tuned; None if that is all of them."""
         if not self.parts:
             return None
-        names = ", ".join(name.removesuffix(".weight") for name in self.parts)
-        ranges = dict.fromkeys(_words(part) for part in self.parts.values())
-        return f"of {names} only {'; '.join(ranges)}"
+        expert = _EXPERT.fullmatch(self.module)
+        of = "" if expert is None else f"expert {expert[1]} of "
+        return "; ".join(
+            f"{_words(part[0 if expert is None else 1 :], 0 if expert is None else 1)}{of}"
+            f"{name.removesuffix('.weight')}"
+            for name, part in self.parts.items()
+        )
 
 
-def _words(part: Index) -> str:
-    """Name a part of a tensor, axis by axis."""
+def _words(part: Index, first: int) -> str:
+    """Name a part of a tensor, from its first axis on that is given: of gate and up, it is up."""
     told = []
-    for axis, one in enumerate(part):
-        if one == slice(None):
-            continue
-        last = one.stop - 1
-        if one.start == last:
-            told.append(f"index {last} of axis {axis}")
-        else:
+    for axis, one in enumerate(part, first):
+        if one != slice(None):
             which = "every second index" if one.step == 2 else "indices"
-            told.append(f"{which} {one.start} to {last} of axis {axis}")
-    return ", ".join(told)
+            told.append(f"{which} {one.start} to {one.stop - 1} of axis {axis}")
+    return f"up ({', '.join(told)}) of " if told else ""
 
 
 def parse_location(name: str, num_layers: int) -> tuple[int, str]:
@@ -117,6 +117,9 @@ def parse_location(name: str, num_layers: int) -> tuple[int, str]:
 def resolve_location(model: PreTrainedModel, name: str) -> Location:
     """Find the parameters of a tuning location in a model.
 
+    In a mixture of experts, ``mlp.down`` means the shared expert's, which answers for every token, or if
+    there is none that of all routed experts; so does ``mlp.up``.
+
     Args:
         model: A causal language model.
         name: The location's name, as `parse_location` reads it.
@@ -130,14 +133,20 @@ def resolve_location(model: PreTrainedModel, name: str) -> Location:
     """
     layers = find_layers(model)
     layer, module = parse_location(name, len(layers))
+    module = spell_out(layers, layer, module)
     found = find_parameters(layers, layer, module)
-    shapes = tuple(tuple(model.get_parameter(one)[part].shape) for one, part in found.items())
+    tuned = {one: model.get_parameter(one)[part] for one, part in found.items()}
+    stack = find_stack(layers, layer)
+    shapes = tuple(
+        tuple(each.shape[1:] if stack is not None and one.startswith(f"{stack}.") else each.shape)
+        for one, each in tuned.items()
+    )
     return Location(
         name=str(layer) if module == "entire" else f"{layer}.{module}",
         layer=layer,
         module=module,
         parameters=tuple(found),
         parts={one: part for one, part in found.items() if part},
-        num_parameters=sum(math.prod(shape) for shape in shapes),
+        num_parameters=sum(each.numel() for each in tuned.values()),
         shapes=shapes,
     )

@@ -84,6 +84,7 @@ FAMILIES: Mapping[str, Names] = {
     "ctrl": replace(USUAL, up=("0",), down=("2",)),
     "gpt_oss": replace(USUAL, interleaved=True),
     "longcat_flash": replace(USUAL, routers=("router",)),
+    "moshi": replace(USUAL, up=(), fused_up=("fc1",)),
     "recurrent_gemma": replace(USUAL, attn=("temporal_block",)),
     "rwkv": replace(USUAL, up=("key",), down=("value",)),
 }

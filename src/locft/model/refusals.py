@@ -10,7 +10,10 @@ from locft.checkpoint import quantisation
 
 _STATE = "its layers hand on more than hidden states, so that layers below a location cannot be run once"
 _PADDING = "padding on the right changes its predictions"
-_ENCODER = "it is an encoder: its configuration does not say is_decoder"
+_ENCODER = (
+    "it is an encoder: one that was trained as a decoder says is_decoder in its configuration, this one "
+    "does not"
+)
 
 REFUSED: Mapping[str, str] = {
     "blt": "it reads bytes in patches, through several models in turn",
@@ -22,7 +25,6 @@ REFUSED: Mapping[str, str] = {
     "hrm_text": "its layers are run over and over (recurrence in depth)",
     "hy_v4": _STATE,
     "mllama": "some of its layers attend to an image only, and do not run on text",
-    "prophetnet": _PADDING,
     "reformer": _STATE,
     "xlm": _PADDING,
     "xlnet": _PADDING,
@@ -51,23 +53,38 @@ _MAY_BE_ENCODERS = (
 )
 
 
-def why_refused(config: Mapping[str, Any]) -> str | None:
-    """Say why a model of a configuration cannot be edited.
+def why_quantised(config: Mapping[str, Any]) -> str | None:
+    """Say why a model cannot be edited if its weights, or those of its text part, are quantised.
 
     Args:
         config: The model's configuration, as `config.json` holds it.
 
     Returns:
+        The reason, and the way out; None if they are not quantised.
+    """
+    for part in (config, config.get("text_config")):
+        quantised = quantisation(part) if isinstance(part, Mapping) else None
+        if quantised is not None:
+            return quantised
+    return None
+
+
+def why_refused(config: Mapping[str, Any]) -> str | None:
+    """Say why models of a family cannot be edited.
+
+    Args:
+        config: The configuration of one, as `config.json` holds it.
+
+    Returns:
         The reason; None if nothing in the configuration speaks against it.
     """
-    quantised = quantisation(config)
-    if quantised is not None:
-        return quantised
     if config.get("is_encoder_decoder"):
         return "it is an encoder-decoder, not a decoder"
     family = config.get("model_type")
+    if not isinstance(family, str):
+        return None  # nothing that transformers would load
     if family in CONFIG_MAPPING and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"transformers has no causal language model of its kind ({family})"
+        return f"transformers does not load its kind ({family}) as a causal language model"
     if family in _MAY_BE_ENCODERS and not config.get("is_decoder"):
         return _ENCODER
-    return REFUSED.get(str(family))
+    return REFUSED.get(family)

@@ -104,6 +104,15 @@ def find_parameters(layers: Layers, layer: int, module: str) -> dict[str, Index]
     return {f"{here.place}.{name}": found[name] for name in sorted(found)}
 
 
+def spell_out(layers: Layers, layer: int, module: str) -> str:
+    """Say which of a mixture's projections ``mlp.up`` and ``mlp.down`` mean; others mean themselves."""
+    here = _Layer(layers.modules[layer], f"{layers.prefix}.{layer}", layers.names)
+    if module not in ("mlp.up", "mlp.down") or here.experts() is None:
+        return module
+    kind = "experts" if here.shared() is None else "shared"
+    return module.replace("mlp.", f"mlp.{kind}.")
+
+
 def find_modules(layers: Layers, layer: int, modules: Sequence[str]) -> list[str]:
     """Tell which modules one layer has.
 
@@ -130,6 +139,16 @@ def find_experts(layers: Layers, layer: int) -> nn.Module | None:
     here = _Layer(layers.modules[layer], f"{layers.prefix}.{layer}", layers.names)
     path = here.experts()
     return None if path is None else here.root.get_submodule(path)
+
+
+def find_stack(layers: Layers, layer: int) -> str | None:
+    """Find what holds the matrices of all routed experts behind one another; None if nothing does."""
+    experts = find_experts(layers, layer)
+    if experts is None or isinstance(experts, nn.ModuleList):
+        return None
+    root = layers.modules[layer]
+    path = next(name for name, module in root.named_modules() if module is experts)
+    return f"{layers.prefix}.{layer}.{path}"
 
 
 def find_pointwise(layer: nn.Module, names: Names = USUAL) -> tuple[nn.Module, ...]:
@@ -184,15 +203,9 @@ class _Layer:
         held = [name for name, _ in part.named_children()]
         held += [name for name, _ in part.named_parameters(recurse=False)]
         place = _join(self.place, container)
-        hint = "Choose another module, or the entire layer"
-        if self.experts() is not None and module in ("mlp.up", "mlp.down"):
-            direction = module.removeprefix("mlp.")
-            kinds = ("experts", "expert[0]", *(() if self.shared() is None else ("shared",)))
-            ways = ", ".join(f"mlp.{kind}.{direction}" for kind in kinds)
-            hint = f"It is a mixture of experts: choose one of {ways}"
         return (
             f"{place} has no single '{module}': it holds {', '.join(held) or 'nothing'}; one of "
-            f"{', '.join(wanted)} was expected. {hint}"
+            f"{', '.join(wanted)} was expected. Choose another module, or the entire layer"
         )
 
     def container(self) -> str | None:
@@ -221,11 +234,20 @@ class _Layer:
         return next(iter([*inside, *self.children(self.names.shared)]), None)
 
     def routers(self) -> list[str]:
-        """Find what chooses experts."""
-        container = self.container()
-        if container is None or self.experts() is None:
-            return []
-        return self.children(self.names.routers, container)
+        """Find what chooses experts, of the MLP's and of others."""
+        return [
+            path
+            for container, part in self.root.named_modules()
+            if self.is_mixture(part)
+            for path in self.children(self.names.routers, container)
+        ]
+
+    def is_mixture(self, part: nn.Module) -> bool:
+        """Tell whether a part holds experts, by name or as matrices behind one another."""
+        own = [*part.parameters(recurse=False)]
+        own += [one for child in part.children() for one in child.parameters(recurse=False)]
+        names = (name for name, _ in part.named_children())
+        return any(name in self.names.experts for name in names) or any(one.dim() == 3 for one in own)
 
     def mlp(self) -> dict[str, Index]:
         """Take all parameters of the MLP."""
@@ -287,6 +309,7 @@ class _Layer:
                 for name, index in self.in_mlp(f"{experts}.{one}", direction, module).items()
             }
         name = down = self.weight_name(self.only(self.names.down, experts, module))
+        num_experts = len(self.weight(down))
         index: Index = ()
         if direction == "up":
             own = self.children(self.names.up, experts)
@@ -295,9 +318,11 @@ class _Layer:
             index = () if own else self.up_part(self.weight(name), self.weight(down).shape)
         if self.weight(name).dim() != 3:
             raise LocationError(f"{self.place}.{name} does not hold a matrix for each expert")
+        if number is None and len(self.weight(name)) > num_experts:  # what is chosen to do nothing
+            return {name: (slice(0, num_experts), *index[1:])}
         if number is None:
             return {name: index}
-        self._check_expert(number, len(self.weight(name)), module)
+        self._check_expert(number, num_experts, module)
         return {name: (slice(number, number + 1), *index[1:])}
 
     def _check_expert(self, number: int | None, num_experts: int, module: str) -> None:
@@ -309,7 +334,15 @@ class _Layer:
     def up_part(self, fused: Tensor, down: Sequence[int]) -> Index:
         """Tell which part of a matrix of gate and up (..., 2I, D) or (..., D, 2I) is up."""
         # Stored the other way round, the down projection is (I, D).
-        axis = 0 if fused.shape[-2] == 2 * down[-1] else 1
+        axis = next(
+            (axis for axis in (0, 1) if fused.shape[axis - 2] == 2 * down[-1 - axis]),
+            None,
+        )
+        if axis is None:
+            raise LocationError(
+                f"{self.place}: gate and up cannot be told apart in a matrix of {list(fused.shape)}, "
+                f"beside a down projection of {list(down)}: choose another module"
+            )
         length = fused.shape[axis - 2]
         part = slice(1, length, 2) if self.names.interleaved else slice(length // 2, length)
         before = (slice(None),) * (fused.dim() - 2 + axis)

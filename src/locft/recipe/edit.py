@@ -25,6 +25,7 @@ from locft.model.location import Location, parse_location, resolve_location
 from locft.model.matching import map_parameters
 from locft.model.paging import give_back_freed
 from locft.model.split import Split, split_model
+from locft.model.structure import find_experts
 from locft.model.weights import swapped_in
 from locft.patch.format import PATCH_FOLDER, read_patch
 from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
@@ -149,7 +150,7 @@ def _edit(
         schedule = choose_schedule(config, len(gathered.edits), location.shapes)
         say(
             f"training {location.name} ({location.num_parameters:,} parameters"
-            + (f", {location.part_in_words}" if location.parts else "")
+            + (f": only {location.part_in_words}" if location.parts else "")
             + ") on "
             f"{counted(len(gathered.edits), 'edit')}: at most {schedule.epochs} epochs, batches of "
             f"{schedule.batch_size}, learning rate {schedule.lr:.3g}"
@@ -237,17 +238,15 @@ def _edit(
 def _experts(split: Split, location: Location, cache: PrefixCache) -> ExpertsInfo | None:
     """Count how often the experts that are to be tuned serve the edits."""
     edited = location.experts
-    if edited is None:
+    if edited is None or find_experts(split.layers, split.layer) is None:
         return None
     batches = [
         cache.batch(range(first, min(first + _COUNTED_TOGETHER, cache.num_examples)))
         for first in range(0, cache.num_examples, _COUNTED_TOGETHER)
     ]
     served = count_served(split, [(batch.packed, batch.hidden) for batch in batches])
-    if served is None:
-        return None
     return ExpertsInfo(
-        edited=edited or tuple(range(len(served))),
+        edited=edited or tuple(range(len(served or ()))),
         served=served,
         num_tokens=sum(len(batch.packed.ids) for batch in batches),
     )

@@ -327,11 +327,10 @@ def _first_locations(ground: _Ground) -> list[str]:
     names: dict[str, None] = {}
     reason: LocationError | None = None
     for *_, name in sorted(places):
-        # Where a layer has a mixture of experts, it is the projections of all experts.
-        for wanted in (name, name.replace(".mlp.", ".mlp.experts.")):
+        # Of a mixture of experts, the shared expert's projections, and those of all routed ones.
+        for wanted in dict.fromkeys((name, name.replace(".mlp.", ".mlp.experts."))):
             try:
                 names[resolve_location(ground.subject.loaded.model, wanted).name] = None
-                break
             except LocationError as error:  # a part that this layer does not have
                 reason = error
     if not names:

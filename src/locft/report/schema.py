@@ -85,14 +85,14 @@ class ExpertsInfo:
     """How often the routed experts of the tuned layer serve the edits.
 
     Attributes:
-        edited: The numbers of those that were tuned.
-        served: How many tokens of the edits each expert of the layer serves, by its number, where the
-            model says which it chooses; what edits begin with alike counts once.
+        edited: The numbers of those that were tuned; all if none is named.
+        served: How many tokens of the edits each expert of the layer serves, by its number; what edits
+            begin with alike counts once. None where the model does not say which it chooses.
         num_tokens: How many tokens there are.
     """
 
     edited: tuple[int, ...]
-    served: tuple[int, ...]
+    served: tuple[int, ...] | None
     num_tokens: int
 
 

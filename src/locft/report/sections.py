@@ -303,7 +303,7 @@ def change_blocks(report: EditReport) -> tuple[Block, ...]:
             f"Location {location.name}: {location.num_parameters:,} of {model.num_parameters:,} "
             f"parameters ({share:.2f}%). The patch takes {bytes_text(report.patch_bytes)}."
         ),
-        *(() if location.part is None else (Text(f"Tuned is {location.part}; the rest is as it was."),)),
+        *(() if location.part is None else (Text(f"Only {location.part} was tuned."),)),
         Table(
             columns=("tensor", "shape", "dtype", "relative change"),
             rows=tuple(
@@ -323,21 +323,26 @@ def change_blocks(report: EditReport) -> tuple[Block, ...]:
 
 def _experts(experts: ExpertsInfo) -> tuple[Block, ...]:
     """Show how often the tuned experts serve the edits, the most often used first."""
-    ranked = sorted(experts.edited, key=lambda number: -experts.served[number])
-    unused = sum(experts.served[number] == 0 for number in ranked)
+    frozen = "Routers are frozen."
+    if experts.served is None:
+        return (Text(f"The model does not say which of its experts serve which tokens. {frozen}"),)
+    served = experts.served
+    ranked = sorted(experts.edited, key=lambda number: -served[number])
+    unused = sum(served[number] == 0 for number in ranked)
+    told = f", {unused:,} of them on no token, so that nothing changed there" if unused else ""
     return (
         Text(
-            f"The layer has {counted(len(experts.served), 'routed expert')}, of which "
-            f"{len(ranked):,} {'was' if len(ranked) == 1 else 'were'} tuned, and {unused:,} of those "
-            f"serve none of the {counted(experts.num_tokens, 'token')} of the edits. Routers are frozen."
+            f"The layer has {counted(len(served), 'routed expert')}. "
+            f"{counted(len(ranked), 'expert')} {'was' if len(ranked) == 1 else 'were'} tuned{told}. The "
+            f"edits have {counted(experts.num_tokens, 'token')}. {frozen}"
         ),
         Table(
             columns=("expert", "tokens of the edits", "share"),
             rows=tuple(
                 (
                     str(number),
-                    f"{experts.served[number]:,}",
-                    f"{100 * experts.served[number] / max(1, experts.num_tokens):.1f}%",
+                    f"{served[number]:,}",
+                    f"{100 * served[number] / max(1, experts.num_tokens):.1f}%",
                 )
                 for number in ranked[:_MOST_MATRICES]
             ),

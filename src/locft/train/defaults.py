@@ -34,14 +34,14 @@ def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence
     Args:
         config: The settings.
         num_edits: How many edits there are.
-        shapes: The shapes of the tuned parameters.
+        shapes: The shapes of the tuned parameters; that of one expert, since together they answer as
+            one.
 
     Returns:
         The schedule.
     """
     matrices = [shape for shape in shapes if len(shape) >= 2] or list(shapes)
-    # Experts lie behind one another in one tensor; together they answer as one.
-    width = max(max(shape[-2:]) for shape in matrices)
+    width = max(max(shape) for shape in matrices)
     lr = _LR_SCALE / (len(matrices) * math.sqrt(width)) if config.lr == "auto" else config.lr
     steps_per_epoch = math.ceil(num_edits / config.batch_size)
     enough = max(_EPOCH_LIMIT, math.ceil(_STEP_LIMIT / steps_per_epoch))

@@ -23,7 +23,9 @@ from locft.families.records import Families, Verdict, read_families
 from locft.families.suite import check_families
 from locft.families.tiny import VOCABULARY, family_names, tiny_config, tiny_model
 from locft.model.load import load_model
-from locft.model.refusals import REFUSED, why_refused
+from locft.model.names import FAMILIES
+from locft.model.refusals import REFUSED, why_quantised, why_refused
+from locft.model.structure import find_layers, find_parameters
 from locft.report.markdown import draw_markdown
 
 DENSE = ("entire", "attn", "mlp", "mlp.up", "mlp.down")
@@ -74,7 +76,9 @@ def test_an_encoder_is_refused_unless_its_configuration_says_decoder() -> None:
 def test_a_refused_family_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "zaya", "num_hidden_layers": 2}))
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ModelError, match="is refused: its layers hand on more than hidden states"):
+    with pytest.raises(
+        ModelError, match=r"is refused: its layers hand on more than .*; `locft families` lists"
+    ):
         load_model(str(tmp_path))
 
 
@@ -129,6 +133,22 @@ def test_a_tail_that_differs_fails_the_check(monkeypatch: pytest.MonkeyPatch) ->
         check_family("llama")
 
 
+@pytest.mark.parametrize(("family", "router"), [("nemotron_h", "mixer.gate"), ("jetmoe", "router")])
+def test_routers_outside_of_mlps_stay_frozen_too(family: str, router: str) -> None:
+    model = tiny_model(tiny_config(family))
+    layers = find_layers(model)
+    names = [name for layer in range(len(layers)) for name in find_parameters(layers, layer, "entire")]
+    assert any(router in name for name, _ in model.named_parameters())
+    assert not any(router in name for name in names)
+
+
+def test_up_and_down_must_be_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Gate and up are in one matrix, called like a plain up projection.
+    monkeypatch.delitem(FAMILIES, "moshi")
+    with pytest.raises(CheckFailedError, match="up and down differ in size, 2,048 and 1,024 numbers"):
+        check_family("moshi")
+
+
 def test_the_wrong_half_of_a_fused_projection_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve: Any = getattr(check, "resolve_location")  # noqa: B009
 
@@ -156,9 +176,20 @@ def test_the_decoder_within_a_model_that_sees_is_edited(family: str, tmp_path: P
 
 
 def test_a_model_without_a_causal_language_model_is_refused_by_its_kind() -> None:
-    assert why_refused({"model_type": "llava"}) == (
-        "transformers has no causal language model of its kind (llava)"
-    )
+    reason = why_refused({"model_type": "llava"})
+    assert reason is not None
+    assert "transformers does not load its kind (llava) as a causal language model" in reason
+
+
+def test_a_model_type_that_is_no_text_is_left_to_transformers() -> None:
+    assert why_refused({"model_type": ["llama"]}) is None
+
+
+def test_quantised_text_within_a_model_that_sees_is_refused() -> None:
+    config = {"model_type": "gemma3", "text_config": {"quantization_config": {"load_in_8bit": True}}}
+    reason = why_quantised(config)
+    assert reason is not None
+    assert "quantised (bitsandbytes)" in reason
 
 
 def test_the_verdicts_that_come_with_locft_are_those_in_the_docs() -> None:

@@ -147,7 +147,7 @@ def test_an_encoder_decoder_is_refused(folder: Path) -> None:
 
 def test_a_model_of_images_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="vit")
-    assert "transformers has no causal language model of its kind (vit)" in refusal(folder)
+    assert "transformers does not load its kind (vit) as a causal language model" in refusal(folder)
 
 
 def test_weights_missing_from_the_files_are_refused_by_name(folder: Path) -> None:

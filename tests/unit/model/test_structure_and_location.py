@@ -231,8 +231,8 @@ def test_of_a_fused_projection_up_is_the_second_half() -> None:
     assert location.parts == {name: (slice(64, 128),)}
     assert location.num_parameters == 64 * 32
     assert location.shapes == ((64, 32),)
-    assert (
-        location.part_in_words == "of model.layers.1.mlp.gate_up_proj only indices 64 to 127 of axis 0"
+    assert location.part_in_words == (
+        "up (indices 64 to 127 of axis 0) of model.layers.1.mlp.gate_up_proj"
     )
 
 
