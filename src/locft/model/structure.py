@@ -25,6 +25,10 @@ class Layers:
     def __len__(self) -> int:
         return len(self.modules)
 
+    def at(self, layer: int) -> "_Layer":
+        """Look into one layer."""
+        return _Layer(self.modules[layer], f"{self.prefix}.{layer}", self.names)
+
 
 def find_layers(model: PreTrainedModel) -> Layers:
     """Find the decoder layers: the outermost module list of the decoder with the most parameters.
@@ -83,7 +87,7 @@ def find_parameters(layers: Layers, layer: int, module: str) -> dict[str, Index]
     Raises:
         LocationError: The layer has no such module, or it cannot be told apart.
     """
-    here = _Layer(layers.modules[layer], f"{layers.prefix}.{layer}", layers.names)
+    here = layers.at(layer)
     if module == "entire":
         found = here.whole("")
     elif module == "attn":
@@ -106,7 +110,7 @@ def find_parameters(layers: Layers, layer: int, module: str) -> dict[str, Index]
 
 def spell_out(layers: Layers, layer: int, module: str) -> str:
     """Say which of a mixture's projections ``mlp.up`` and ``mlp.down`` mean; others mean themselves."""
-    here = _Layer(layers.modules[layer], f"{layers.prefix}.{layer}", layers.names)
+    here = layers.at(layer)
     if module not in ("mlp.up", "mlp.down") or here.experts() is None:
         return module
     kind = "experts" if here.shared() is None else "shared"
@@ -136,19 +140,18 @@ def find_modules(layers: Layers, layer: int, modules: Sequence[str]) -> list[str
 
 def find_experts(layers: Layers, layer: int) -> nn.Module | None:
     """Find the routed experts of a layer: a module that holds them all; None if it has none."""
-    here = _Layer(layers.modules[layer], f"{layers.prefix}.{layer}", layers.names)
+    here = layers.at(layer)
     path = here.experts()
     return None if path is None else here.root.get_submodule(path)
 
 
 def find_stack(layers: Layers, layer: int) -> str | None:
     """Find what holds the matrices of all routed experts behind one another; None if nothing does."""
-    experts = find_experts(layers, layer)
-    if experts is None or isinstance(experts, nn.ModuleList):
+    here = layers.at(layer)
+    path = here.experts()
+    if path is None or isinstance(here.root.get_submodule(path), nn.ModuleList):
         return None
-    root = layers.modules[layer]
-    path = next(name for name, module in root.named_modules() if module is experts)
-    return f"{layers.prefix}.{layer}.{path}"
+    return f"{here.place}.{path}"
 
 
 def find_pointwise(layer: nn.Module, names: Names = USUAL) -> tuple[nn.Module, ...]:
@@ -244,10 +247,11 @@ class _Layer:
 
     def is_mixture(self, part: nn.Module) -> bool:
         """Tell whether a part holds experts, by name or as matrices behind one another."""
-        own = [*part.parameters(recurse=False)]
-        own += [one for child in part.children() for one in child.parameters(recurse=False)]
-        names = (name for name, _ in part.named_children())
-        return any(name in self.names.experts for name in names) or any(one.dim() == 3 for one in own)
+        if any(name in self.names.experts for name, _ in part.named_children()):
+            return True
+        holders = (part, *(one for one in part.children() if not isinstance(one, nn.Conv1d)))
+        own = (one for holder in holders for one in holder.parameters(recurse=False))
+        return any(one.dim() == 3 and len(one) > 1 for one in own)
 
     def mlp(self) -> dict[str, Index]:
         """Take all parameters of the MLP."""

@@ -254,6 +254,16 @@ def test_a_mixture_without_experts_has_an_mlp_like_any_other() -> None:
         resolve_location(model, "1.mlp.shared.down")
 
 
+def test_gate_and_up_that_cannot_be_told_apart_are_refused() -> None:
+    model = make_model(family_config("phi3"))
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.gate_up_proj = nn.Linear(32, 100)
+    with pytest.raises(
+        LocationError, match=r"gate and up cannot be told apart in a matrix of \[100, 32\]"
+    ):
+        resolve_location(model, "1.mlp.up")
+
+
 def test_a_matrix_that_layers_share_is_no_location(tiny_model: PreTrainedModel) -> None:
     first, second = (tiny_model.get_submodule(f"model.layers.{index}.mlp") for index in (0, 1))
     second.down_proj = first.down_proj
