@@ -332,7 +332,11 @@ def test_edits_that_the_patch_does_not_know_choose_no_rank(
     [
         (QWEN2, "1", ["input_layernorm.weight", "post_attention_layernorm.weight", "k_proj.bias"]),
         (QWEN2, "1.attn", ["self_attn.k_proj.bias cannot", "q_proj.bias", "v_proj.bias"]),
-        (MIXTRAL, "1.mlp", ["experts.down_proj cannot", "a stack of 4 matrices", "experts.gate_up_proj"]),
+        (
+            MIXTRAL,
+            "1.mlp",
+            ["experts.down_proj cannot", "a stack of 4 matrices", "experts.gate_up_proj"],
+        ),
     ],
 )
 def test_what_no_adapter_holds_is_refused_by_name_before_anything_is_computed(

@@ -268,7 +268,7 @@ TOO_MUCH = {
     "a long text": ("{{ 'a' * 10**12 }}", "takes more than 256 MiB of memory"),
     "a padded text": ("{{ '{:>999999999}'.format(1) }}", "takes more than 256 MiB of memory"),
     "a text that doubles": (BOMB.replace("START", "'ab'"), "takes more than .*"),
-    "a list that doubles": (BOMB.replace("START", "[0]"), "takes more than 256 MiB of memory"),
+    "a list that doubles": (BOMB.replace("START", "[0]"), "takes more than .*"),
     "an exception without end": ("{{ raise_exception('a' * 2 * 10**8) }}", "takes more than .*"),
     "output at once": ("{{ 'a' * 1000001 }}", "writes more than 1,000,000 characters"),
     "output in small pieces": (loops(1, "0123456789a"), "writes more than 1,000,000 characters"),
