@@ -95,6 +95,25 @@ class PrefixTree:
         return packed, chosen
 
 
+def lay_out(sequences: Tensor) -> Packed:
+    """Lay sequences of equal length out side by side: one node for each token, none shared.
+
+    Args:
+        sequences: (B, T) token ids.
+
+    Returns:
+        The sequences, with B T nodes.
+    """
+    num, length = sequences.shape
+    nodes = torch.arange(num * length)
+    return Packed(
+        ids=sequences.flatten(),
+        positions=torch.arange(length).repeat(num),
+        grid=nodes.view(num, length),
+        home=nodes,
+    )
+
+
 def count_shared(first: Sequence[int], second: Sequence[int]) -> int:
     """Count the tokens that two sequences begin with alike."""
     pairs = zip(first, second, strict=False)

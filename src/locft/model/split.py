@@ -116,6 +116,19 @@ class Split:
             handle.remove()
         return kept[0][0] if self._is_packed(packed) else kept[0].flatten(0, 1)[packed.home]
 
+    def run_through(self, packed: Packed) -> None:
+        """Run the model up to the split's layer, that layer included, for hooks that listen in it.
+
+        Args:
+            packed: Token sequences, on the model's device; every position of theirs is run.
+        """
+        if self.layer + 1 < len(self.layers):
+            self._run_until(self.layer + 1, packed)
+            return
+        first = torch.zeros(1, dtype=torch.int64, device=packed.ids.device)
+        with torch.no_grad(), self._laid_out(packed) as inputs:
+            logits_at(self.model, first, first, **inputs)  # one position is enough for the head
+
     def places(self, packed: Packed) -> Tensor:
         """Tell where the nodes (N,) of packed sequences lie among the positions that layers see."""
         return torch.arange(len(packed.ids)) if self._is_packed(packed) else packed.home.cpu()

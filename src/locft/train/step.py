@@ -12,6 +12,7 @@ from locft.model.split import Tail
 from locft.model.structure import Index
 from locft.train.cache import Batch, PrefixCache
 from locft.train.objective import LossMean, predicted_share, target_loss
+from locft.train.precondition import Preconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Trainable:
         parts: Which part of a parameter is trained, by name, where that is not all of it.
         initial: Where they start from, by name, where the model holds them rounded to its own dtype; the
             model's own values for those that are not named.
+        preconditioners: What the updates of parameters are multiplied by, by name, where they are.
         penalty: What is added to the loss, a scalar; None for nothing.
         after_step: Called with the number of steps so far after each, while gradients are still there;
             it may change the parameters. None for nothing.
@@ -31,6 +33,7 @@ class Trainable:
     parameters: Mapping[str, nn.Parameter]
     parts: Mapping[str, Index] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
+    preconditioners: Mapping[str, Preconditioner] = field(default_factory=dict)
     penalty: Callable[[], Tensor] | None = None
     after_step: Callable[[int], None] | None = None
 
@@ -56,7 +59,8 @@ class Stepper:
     """Takes steps of Adam on examples whose frozen states are cached.
 
     Each parameter has a float32 master copy, which Adam steps; the model computes with that copy
-    rounded to its own dtype, once it is known to be finite.
+    rounded to its own dtype, once it is known to be finite. Where updates are preconditioned, what Adam
+    steps is the update D, from zero on, and the master copy follows it.
 
     Args:
         tail: What runs the model from the cached states on.
@@ -79,8 +83,13 @@ class Stepper:
             .to(parameter.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
             for name, parameter in trainable.parameters.items()
         }
+        self._starts = {name: self._masters[name].clone() for name in trainable.preconditioners}
+        self._stepped = {
+            name: torch.zeros_like(master) if name in self._starts else master
+            for name, master in self._masters.items()
+        }
         # Fused: one pass over each matrix instead of one for every term of the update.
-        self._optimizer = torch.optim.Adam(self._masters.values(), lr=lr, fused=True)
+        self._optimizer = torch.optim.Adam(self._stepped.values(), lr=lr, fused=True)
         self.num_steps = 0
 
     def step(self, indices: Sequence[int], place: str) -> tuple[float, Tensor]:
@@ -110,11 +119,17 @@ class Stepper:
             if parameter.grad is None:
                 continue  # no loss depends on it: an expert's bias for load balancing, say
             _require_finite(f"gradient of {name}", parameter.grad, place)
-            self._masters[name].grad = self._trainable.part(name, parameter.grad).float().contiguous()
+            gradient = self._trainable.part(name, parameter.grad).float()
+            if name in self._starts:
+                gradient = self._trainable.preconditioners[name].apply(gradient)
+            self._stepped[name].grad = gradient.contiguous()
             if self._trainable.after_step is None:
                 parameter.grad = None  # no copy of it is needed
         self._optimizer.step()
         self.num_steps += 1
+        for name, start in self._starts.items():
+            update = self._trainable.preconditioners[name].apply(self._stepped[name])
+            torch.add(start, update, out=self._masters[name])
         for name, master in self._masters.items():
             _require_finite(f"weight {name}", master, place)
         with torch.no_grad():
@@ -125,7 +140,7 @@ class Stepper:
                 for name, parameter in self._trainable.parameters.items():
                     self._masters[name].copy_(self._trainable.part(name, parameter))
         for name, parameter in self._trainable.parameters.items():
-            parameter.grad = self._masters[name].grad = None
+            parameter.grad = self._stepped[name].grad = None
         return value, success
 
     def success(self, indices: Sequence[int]) -> Tensor:

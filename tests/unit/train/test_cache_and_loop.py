@@ -19,6 +19,7 @@ from locft.data.encode import Encoded, make_codec
 from locft.errors import ConfigError, InputError, TrainingError
 from locft.evaluation.likelihood import score_continuations
 from locft.model.location import Location, resolve_location
+from locft.model.moments import InputMoment
 from locft.model.packing import Packed, merge_prefixes
 from locft.model.split import Split, split_model
 from locft.train import cache as cache_module
@@ -31,10 +32,12 @@ from locft.train.loop import (
     Schedule,
     Trained,
     fifths_of,
+    run_breadth_first,
     run_depth_first,
     train_breadth_first,
 )
 from locft.train.objective import LossMean, predicted_share, target_loss
+from locft.train.precondition import Preconditioner, make_preconditioner
 from locft.train.step import Stepper, Trainable
 from locft.types import Edit, Epoch
 
@@ -421,6 +424,78 @@ def test_every_epoch_is_told_of_with_its_steps(tiny_model: PreTrainedModel) -> N
     assert tuple(told) == trained.epochs
     assert [(epoch.epoch, epoch.steps) for epoch in told] == [(1, 3), (2, 3), (3, 3)]  # 7 in threes
     assert not trained.stopped_early
+
+
+def preconditioners(name: str = DOWN, strength: float = 2.0) -> dict[str, Preconditioner]:
+    rows = torch.randn(90, 64, generator=torch.Generator().manual_seed(4))
+    rows[:, :3] *= 10
+    moment = InputMoment(matrix=rows.T @ rows / 90, num_tokens=90)
+    return {name: make_preconditioner(moment, strength, axis=1)}
+
+
+def test_a_preconditioned_step_changes_a_matrix_by_an_adam_step_times_the_preconditioner(
+    tiny_model: PreTrainedModel,
+) -> None:
+    split, _, cache = prepare(tiny_model)
+    weight = tiny_model.get_parameter(DOWN)
+    start = weight.detach().clone()
+    plain = Trainable(parameters={DOWN: weight})
+    gradients: list[Tensor] = []
+    with plain.alone(tiny_model), split.tail() as tail:
+        batch = cache.batch([0, 1])
+        logits = tail(batch.packed, batch.hidden, batch.asked)
+        target_loss(logits, batch.labels, batch.rows, "sample").backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None
+        gradients.append(weight.grad.clone())
+        weight.grad = None
+        own = preconditioners()
+        stepper = Stepper(
+            tail, cache, Trainable(parameters={DOWN: weight}, preconditioners=own), 0.01, "sample"
+        )
+        stepper.step([0, 1], "here")
+    # The first step of Adam is the sign of the gradient, times the learning rate.
+    matrix = own[DOWN].matrix
+    update = -0.01 * (gradients[0] @ matrix).sign() @ matrix
+    torch.testing.assert_close(stepper.values()[DOWN], start + update, rtol=1e-3, atol=1e-4)
+    assert torch.equal(weight.detach(), stepper.values()[DOWN])
+
+
+def test_the_identity_as_preconditioner_changes_nothing_but_rounding(
+    tiny_model: PreTrainedModel,
+) -> None:
+    results = []
+    for own in ({}, preconditioners(strength=0.0)):
+        split, _, cache = prepare(tiny_model)
+        weight = tiny_model.get_parameter(DOWN)
+        start = weight.detach().clone()
+        trainable = Trainable(parameters={DOWN: weight}, preconditioners=own)
+        with trainable.alone(tiny_model), split.tail() as tail:
+            stepper = Stepper(tail, cache, trainable, 1e-3, "sample")
+            epochs = run_breadth_first(stepper, schedule())
+        results.append((stepper.values()[DOWN], [epoch.loss for epoch in epochs]))
+        with torch.no_grad():
+            weight.copy_(start)
+    (plain, losses_plain), (identity, losses_identity) = results
+    torch.testing.assert_close(identity, plain, rtol=0, atol=1e-5)
+    assert losses_identity == pytest.approx(losses_plain, rel=1e-4)
+
+
+def test_a_preconditioned_update_avoids_the_directions_in_use(tiny_model: PreTrainedModel) -> None:
+    split, _, cache = prepare(tiny_model)
+    weight = tiny_model.get_parameter(DOWN)
+    start = weight.detach().clone()
+    shares = []
+    for own in ({}, preconditioners(strength=30.0)):
+        trainable = Trainable(parameters={DOWN: weight}, preconditioners=own)
+        with trainable.alone(tiny_model), split.tail() as tail:
+            stepper = Stepper(tail, cache, trainable, 1e-3, "sample")
+            run_breadth_first(stepper, schedule())
+        update = stepper.values()[DOWN] - start
+        # Of the 64 directions, those three were in use.
+        shares.append((update[:, :3].norm() / update.norm()).item())
+        with torch.no_grad():
+            weight.copy_(start)
+    assert shares[1] < shares[0] / 5
 
 
 # Success

@@ -1,0 +1,68 @@
+"""Preconditioned updates: a matrix is changed least where ordinary text uses its input most."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from locft.model.moments import InputMoment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioner:
+    """What the update of a matrix W is multiplied by on the side of its input: W = W0 + D P.
+
+    Attributes:
+        matrix: P, (K, K) float32, symmetric, with eigenvalues over 0 and at most 1.
+        axis: The axis of W along which its input runs: 1 for (out, K), 0 for (K, out).
+    """
+
+    matrix: Tensor
+    axis: int
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Multiply a tensor in the shape of W: D gives an update, the gradient of W that of D."""
+        return tensor @ self.matrix if self.axis else self.matrix @ tensor
+
+
+def make_preconditioner(moment: InputMoment, strength: float, axis: int) -> Preconditioner:
+    """Make the preconditioner of a matrix from the second moment C of its input.
+
+    P = (I + strength C / mean(e))^-1 with e the eigenvalues of C. So P has C's eigenvectors, and the
+    eigenvalues 1 / (1 + strength e / mean(e)): along a direction that is used as much as the mean, an
+    update keeps 1 / (1 + strength) of its size.
+
+    Args:
+        moment: The second moment.
+        strength: How much is kept off directions in use; 0 gives the identity.
+        axis: The axis of the matrix along which its input runs.
+
+    Returns:
+        The preconditioner.
+    """
+    second = moment.matrix.double()
+    mean = second.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    whole = torch.eye(len(second), dtype=torch.float64) + strength / mean * second
+    return Preconditioner(matrix=torch.cholesky_inverse(torch.linalg.cholesky(whole)).float(), axis=axis)
+
+
+def make_preconditioners(
+    moments: Mapping[str, InputMoment], axes: Mapping[str, int], strength: float
+) -> dict[str, Preconditioner]:
+    """Make the preconditioners of several matrices; those that receive the same share one.
+
+    Args:
+        moments: The second moment of each matrix's input, by parameter.
+        axes: The axis of each along which its input runs.
+        strength: As for `make_preconditioner`.
+
+    Returns:
+        The preconditioners, by parameter.
+    """
+    made: dict[tuple[int, int], Preconditioner] = {}
+    for name, moment in moments.items():
+        key = (id(moment), axes[name])
+        if key not in made:
+            made[key] = make_preconditioner(moment, strength, axes[name])
+    return {name: made[id(moment), axes[name]] for name, moment in moments.items()}
