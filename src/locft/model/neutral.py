@@ -155,4 +155,4 @@ def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _digest_of(value: Tensor) -> bytes:
     flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).digest()
+    return hashlib.sha256(flat.numpy().data).digest()
