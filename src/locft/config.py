@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import sys
 import tomllib
 import types
@@ -16,6 +17,8 @@ from locft.errors import ConfigError
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
 _LONGEST_S = 1e9
+PRESERVE_STRENGTH = 3.0
+"""How strong ``covariance`` is where that is not said."""
 
 
 def _setting(
@@ -68,6 +71,17 @@ class RunConfig:
     seed: int = _setting(
         0, "names the order of the edits in every epoch", "method", least=0, most=2**64 - 1
     )
+    preserve: str = _setting(
+        "none",
+        "what training keeps as it is: covariance[:STRENGTH], to change least what ordinary text uses "
+        "most; or none",
+        "method",
+    )
+    neutral_text: str | None = _setting(
+        None,
+        "ordinary text (.txt or .jsonl) to preserve by; without it the model writes its own",
+        "method",
+    )
     prefer: Literal["generalization", "balanced", "preservation"] = _setting(
         "balanced", "what makes a location good, where it is looked for", "search"
     )
@@ -105,8 +119,43 @@ class RunConfig:
             _check(setting, kinds, value)
             if setting.name == "budget":
                 seconds_of(value)
+            if setting.name == "preserve":
+                parse_preserve(value)
             if float in kinds and type(value) is int:  # TOML, and people, write 1 for 1.0
                 object.__setattr__(self, setting.name, float(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preserve:
+    """What training keeps as it is.
+
+    Attributes:
+        covariance: How much updates are kept off the directions that ordinary text uses; None for not
+            at all.
+    """
+
+    covariance: float | None = None
+
+
+def parse_preserve(text: str) -> Preserve:
+    """Read what training keeps as it is: ``none``, ``covariance``, ``covariance:10``.
+
+    Raises:
+        ConfigError: The text cannot be read.
+    """
+    if text == "none":
+        return Preserve()
+    name, colon, number = text.partition(":")
+    try:
+        strength = float(number) if colon else PRESERVE_STRENGTH
+    except ValueError:
+        strength = math.nan
+    if name != "covariance" or not 0 <= strength < math.inf:
+        raise ConfigError(
+            f"preserve is {text!r}: expected none, covariance, or covariance:STRENGTH with a number of "
+            "at least 0"
+        )
+    return Preserve(covariance=strength)
 
 
 def seconds_of(duration: str) -> float:

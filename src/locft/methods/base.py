@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locft.model.structure import Index
+from locft.train.precondition import Preconditioner
 from locft.train.step import Trainable
 
 
@@ -22,12 +23,14 @@ class Plan:
         num_steps: The most steps that will be taken.
         seed: Names what is drawn at random.
         settings: All settings of the method, by name.
+        preconditioners: What the updates of the location's parameters are multiplied by, by name.
     """
 
     location: str
     num_steps: int
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    preconditioners: Mapping[str, Preconditioner] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ def tune_in_place(
     layer: int,
     *,
     parts: Mapping[str, Index] | None = None,
+    preconditioners: Mapping[str, Preconditioner] | None = None,
     from_tokens: bool = False,
 ) -> Iterator[Tuning]:
     """Train parameters of a model themselves while the body runs, and give them their values back."""
@@ -82,7 +86,9 @@ def tune_in_place(
     own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         yield Tuning(
-            trainable=Trainable(parameters=parameters, parts=parts or {}),
+            trainable=Trainable(
+                parameters=parameters, parts=parts or {}, preconditioners=preconditioners or {}
+            ),
             layer=layer,
             from_tokens=from_tokens,
             values=lambda: {name: one.detach().clone() for name, one in parameters.items()},

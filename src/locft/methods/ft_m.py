@@ -14,7 +14,13 @@ from locft.model.location import resolve_location
 
 def _attach(model: PreTrainedModel, plan: Plan) -> AbstractContextManager[Tuning]:
     location = resolve_location(model, plan.location)
-    return tune_in_place(model, location.parameters, location.layer, parts=location.parts)
+    return tune_in_place(
+        model,
+        location.parameters,
+        location.layer,
+        parts=location.parts,
+        preconditioners=plan.preconditioners,
+    )
 
 
 METHOD = Method(

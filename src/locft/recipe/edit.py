@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from locft.config import AUTO, RunConfig, seconds_of, settings
+from locft.config import AUTO, RunConfig, parse_preserve, seconds_of, settings
 from locft.data.edits import EditFile
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
 from locft.evaluation.drift import NeutralText, read_neutral_text
@@ -45,6 +45,7 @@ from locft.publish import refuse_taken, reserved, staged_folder
 from locft.recipe.locate import find_location
 from locft.recipe.locate_page import describe_found
 from locft.recipe.plan import predict_cost
+from locft.recipe.preservation import prepare_preservation
 from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
 from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, ExpertsInfo, TrainingInfo
 from locft.report.words import counted, seconds_text
@@ -132,6 +133,9 @@ def _edit(
     split = split_model(network, location.layer)
     model_info = describe_model(subject.loaded)
     watch.lap("load")
+    preserve = parse_preserve(config.preserve)
+    preservation = prepare_preservation(subject, split, location, preserve, config.neutral_text)
+    watch.lap("preserve")
     num_prompts = len(set(prompts_of(gathered.edits)))
     say(f"answering {counted(num_prompts, 'prompt')} before the edit")
     way = Way(locft.PROTOCOL, config.format)
@@ -166,7 +170,16 @@ def _edit(
                 log.flush()
 
             initial = weights.read()
-            trained = train_breadth_first(split, location, cache, schedule, write_epoch, initial, engine)
+            trained = train_breadth_first(
+                split,
+                location,
+                cache,
+                schedule,
+                write_epoch,
+                initial,
+                engine,
+                preservation.preconditioners if preservation is not None else None,
+            )
         watch.lap("train")
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
@@ -211,6 +224,7 @@ def _edit(
             stopped_early=trained.stopped_early,
             fifths=fifths_of(len(gathered.edits)),
             course=trained.epochs,
+            preserved=None if preservation is None else preservation.info,
         ),
         protocol=scores.protocol,
         scores_before=Scores(**(scores.before or {}), drift=drift_of_unedited(drift.overall.num)),
@@ -221,6 +235,7 @@ def _edit(
         cost=Cost(
             seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(gathered.edits),
             load_s=watch.spent["load"],
+            preserve_s=watch.spent["preserve"],
             cache_s=watch.spent["cache"],
             train_s=watch.spent["train"],
             eval_s=watch.spent["eval"],

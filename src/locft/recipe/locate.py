@@ -39,25 +39,27 @@ from locft.train.objective import predicted_share
 from locft.train.step import Stepper
 from locft.types import Edit, Figure
 
-# Depths, in percent, at which each module is tried first. Downward projections of later layers are the
-# paper's general advice, so they are tried most densely.
+# Depths, in percent, at which each module is tried first. Later layers are the paper's general advice,
+# and it found a second peak in early ones; so did the study of all locations of the demo model, where
+# the whole MLP was the best module of nearly every layer, or close to it (docs/studies/locations.md).
 _FIRST: Mapping[str, tuple[int, ...]] = {
-    "mlp.down": (15, 30, 45, 55, 65, 70, 80, 90),
-    "mlp.up": (30, 50, 70, 85),
-    "mlp": (20, 45, 65, 80),
-    "attn": (40, 70),
-    "entire": (25, 50, 75),
+    "mlp": (12, 30, 50, 66, 76, 83, 92),
+    "mlp.down": (25, 70, 83),
+    "mlp.up": (70,),
+    "entire": (80,),
 }
-_LIKELIEST = 70  # percent
-_KEPT = 3  # one of so many goes on
+_LIKELIEST = 76  # percent
+_KEPT = 4  # one of so many goes on
 _NUM_REFINED = 2  # whose neighbours are tried, too
+_MOST_NEIGHBOURS = 7
 _GROWTH = 2  # times as many edits
-_FEWEST_EDITS, _MOST_EDITS = 8, 200
+_FEWEST_EDITS, _MOST_EDITS = 16, 200
 _FEWEST_LEFT = 3
 _NUM_WINDOWS, _WINDOW_TOKENS = 8, 96  # of neutral text
-_EPOCHS = 15
-_FEWEST_STEPS = 2  # of an epoch
-_FIXED_EDITS = 6  # worth of work that a try costs besides
+_EPOCHS = 25
+_FEWEST_STEPS = 5  # of an epoch: locations that have learnt too little cannot be told apart
+_FIXED_EDITS = 10  # worth of work that a try costs besides
+_MARGIN = 0.9  # of the time that is left may be planned for
 _MOST_REPHRASES = 2
 _MEASURED_TOGETHER = 20
 _RESAMPLES = 2000
@@ -260,34 +262,41 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
         What was tried in each round, the best first.
     """
     names = _first_locations(ground)
-    num_edits = min(_FEWEST_EDITS, len(ground.edits))
+    most = len(ground.edits)
+    fewest = min(_FEWEST_EDITS, most)
     # It tells what a try costs, and warms the machine up.
-    [probe] = _try_all(ground, names[:1], num_edits, math.inf)
-    second_s = probe.outcome.seconds / _work(ground, names[0], num_edits)
-    left = (deadline - time.perf_counter()) / second_s
-    while len(names) > 1 and _plan_work(ground, names, num_edits) > left:
+    [probe] = _try_all(ground, names[:1], fewest, math.inf)
+    second_s = probe.outcome.seconds / _work(ground, names[0], fewest)
+    left = _MARGIN * (deadline - time.perf_counter()) / second_s
+    while len(names) > 1 and _plan_work(ground, names, fewest, is_first=True) > left:
         names.pop()
     if len(names) == 1:
-        needed_s = probe.outcome.seconds + second_s * _plan_work(ground, names * 2, num_edits)
+        needed = second_s * _plan_work(ground, names * 2, fewest, is_first=True) / _MARGIN
         raise InputError(
             "the budget is too short to try two locations: on this machine, and once the model is "
-            f"loaded, that takes {seconds_text(needed_s)}"
+            f"loaded, that takes {seconds_text(probe.outcome.seconds + needed)}"
         )
-    most = len(ground.edits)
-    while num_edits < most and _plan_work(ground, names, num_edits + 1) <= left:
-        num_edits += 1
     rounds: list[list[_Tried]] = []
+    num_before = 0
     while True:
+        left = _MARGIN * (deadline - time.perf_counter()) / second_s
+        num_edits = fewest
+        while num_edits < most and _plan_work(ground, names, num_edits + 1, not rounds) <= left:
+            num_edits += 1
+        # Where all edits were in already, only new locations are tried.
+        known = {one.outcome.location: one for one in (rounds[-1] if rounds else ())}
+        again = [known[name] for name in names if name in known and num_edits == num_before]
+        if rounds and (num_edits < num_before or len(again) == len(names)):
+            return rounds  # there is no time for more, or nothing more to try
         say(
             f"round {len(rounds) + 1}: {counted(len(names), 'location')} on {counted(num_edits, 'edit')}"
         )
-        # Where all edits were in already, only new locations are tried.
-        known = {one.outcome.location: one for one in (rounds[-1] if rounds else ())}
-        again = [known[name] for name in names if name in known and _num_edits(known[name]) == num_edits]
         told = {one.outcome.location for one in again}
-        tried = again + _try_all(
-            ground, [name for name in names if name not in told], num_edits, deadline
-        )
+        new = [name for name in names if name not in told]
+        fresh = _try_all(ground, new, num_edits, deadline)
+        if rounds and len(fresh) < len(new):
+            return rounds  # time was up before all had their turn
+        tried = again + fresh
         ranked = sorted((one for one in tried if one.outcome.value is not None), key=_worst_last)
         if not ranked:
             if not rounds:
@@ -295,22 +304,20 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
             return rounds
         failed = [one for one in tried if one.outcome.value is None]
         rounds.append([*ranked, *failed])
-        if len(ranked) <= _FEWEST_LEFT or len(again) == len(names) or time.perf_counter() > deadline:
+        if len(ranked) <= _FEWEST_LEFT or time.perf_counter() > deadline:
             return rounds
+        spent = sum(one.outcome.seconds for one in fresh)
+        second_s = spent / sum(_work(ground, one.outcome.location, num_edits) for one in fresh)
         names = [one.outcome.location for one in ranked[: _num_kept(len(ranked))]]
         if len(rounds) == 1:
             seen = {one.outcome.location for one in tried}
             names += [name for name in _neighbours(ground, names[:_NUM_REFINED]) if name not in seen]
-        num_edits = min(most, _GROWTH * num_edits)
+        num_before = num_edits
 
 
 def _worst_last(tried: _Tried) -> float:
     assert tried.outcome.value is not None
     return -tried.outcome.value
-
-
-def _num_edits(tried: _Tried) -> int:
-    return tried.outcome.num_edits
 
 
 def _num_kept(num: int) -> int:
@@ -340,16 +347,21 @@ def _first_locations(ground: _Ground) -> list[str]:
 
 
 def _neighbours(ground: _Ground, names: Sequence[str]) -> list[str]:
-    """Name the locations beside some: the same module of layers nearby."""
+    """Name the locations beside some: the same module of layers nearby, and the first one's layer."""
     found: dict[str, None] = {}
+    network = ground.subject.loaded.model
     step = max(1, round(ground.num_layers / 20))
-    for name in names:
+    for number, name in enumerate(names):
         layer, _, part = name.partition(".")
-        module = part or "entire"
-        for near in (int(layer) - step, int(layer) + step):
-            if 0 <= near < ground.num_layers and module in _modules(ground, near):
-                found[f"{near}.{module}" if module != "entire" else str(near)] = None
-    return list(found)
+        places = [(int(layer) + near, part or "entire") for near in (-step, step)]
+        if not number:
+            places += [(int(layer), module) for module in _modules(ground, int(layer))]
+        for near, module in places:
+            is_there = 0 <= near < ground.num_layers and module in _modules(ground, near)
+            if is_there and module != "attn":  # which was never good
+                wanted = f"{near}.{module}" if module != "entire" else str(near)
+                found[resolve_location(network, wanted).name] = None
+    return [name for name in found if name not in names][:_MOST_NEIGHBOURS]
 
 
 def _modules(ground: _Ground, layer: int) -> list[str]:
@@ -364,15 +376,16 @@ def _work(ground: _Ground, name: str, num_edits: int) -> float:
     return share * (num_edits + _FIXED_EDITS)
 
 
-def _plan_work(ground: _Ground, names: Sequence[str], num_edits: int) -> float:
-    """Estimate what all rounds cost that begin with some locations on so many edits."""
-    total = sum(_work(ground, name, num_edits) for name in names)
-    mean = total / len(names)
+def _plan_work(ground: _Ground, names: Sequence[str], num_edits: int, is_first: bool) -> float:
+    """Estimate what this round and those after it cost, from some locations on so many edits on."""
+    mean = sum(_work(ground, name, num_edits) for name in names) / len(names)
     num, growth = len(names), 1
+    total = num * mean
     while num > _FEWEST_LEFT:
-        num = _num_kept(num)
+        num = _num_kept(num) + (_MOST_NEIGHBOURS if is_first else 0)
+        is_first = False
         growth *= _GROWTH
-        total += (num + (2 * _NUM_REFINED if growth == _GROWTH else 0)) * growth * mean
+        total += num * growth * mean
     return total
 
 

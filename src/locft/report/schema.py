@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from locft.types import CapabilityScores, Epoch, Figure, MovedPassage, Scores
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,25 @@ class LocationInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreservedInfo:
+    """What training kept as it was: the matrices' answers to ordinary text.
+
+    Attributes:
+        strength: How much updates were kept off the directions that the text uses.
+        text: ``model`` for text that the unedited model wrote by itself, or the file.
+        text_sha256: Hash of its token ids.
+        num_tokens: How many there are.
+        left_plain: Tuned parameters whose updates were not preconditioned.
+    """
+
+    strength: float
+    text: str
+    text_sha256: str
+    num_tokens: int
+    left_plain: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingInfo:
     """How training went.
 
@@ -133,6 +152,7 @@ class TrainingInfo:
         stopped_early: Whether the loss fell under the threshold.
         fifths: How many edits each fifth has, of which `course` tells the success.
         course: What each epoch did.
+        preserved: What training kept as it was; None for nothing.
     """
 
     lr: float
@@ -144,6 +164,7 @@ class TrainingInfo:
     stopped_early: bool
     fifths: tuple[int, ...]
     course: tuple[Epoch, ...]
+    preserved: PreservedInfo | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +212,13 @@ class Cost(EvalCost):
 
     Attributes:
         seconds_per_edit: Cache and training over the number of edits, as the paper counts it.
+        preserve_s: What is to be preserved: once for a model, location and text, and then kept.
         cache_s: The frozen layers, once.
         train_s: Training.
     """
 
     seconds_per_edit: float
+    preserve_s: float
     cache_s: float
     train_s: float
 

@@ -17,6 +17,7 @@ from locft.model.split import Split
 from locft.progress import progress
 from locft.train.cache import PrefixCache
 from locft.train.objective import LossMean
+from locft.train.precondition import Preconditioner
 from locft.train.step import Stepper, Trainable
 from locft.types import Epoch
 
@@ -86,6 +87,7 @@ def train_breadth_first(
     on_epoch: Callable[[Epoch], None] = lambda _: None,
     initial: Mapping[str, Tensor] | None = None,
     engine: Engine = Engine(),
+    preconditioners: Mapping[str, Preconditioner] | None = None,
 ) -> Trained:
     """Train a tuning location on cached prefix states.
 
@@ -100,6 +102,7 @@ def train_breadth_first(
         initial: Where the tuned parameters start from, by name, where the model holds them rounded to
             its own dtype; the model's own values if None.
         engine: What the tail computes with.
+        preconditioners: What the updates of parameters are multiplied by, by name, where they are.
 
     Returns:
         The trained matrices and the course of the loss.
@@ -111,6 +114,7 @@ def train_breadth_first(
         parameters={name: split.model.get_parameter(name) for name in location.parameters},
         parts=location.parts,
         initial=initial or {},
+        preconditioners=preconditioners or {},
     )
     with (
         trainable.alone(split.model),
