@@ -26,6 +26,7 @@ from locft.report.schema import (
     MatrixInfo,
     ModelInfo,
     PlannedCost,
+    PreservedInfo,
     Protocol,
     ProtocolScores,
     TrainingInfo,
@@ -94,6 +95,9 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
                 Epoch(epoch=2, steps=10, loss=0.5, success=(0.7, 0.72, 0.69, 0.71, 0.68)),
                 Epoch(epoch=3, steps=10, loss=0.0091, success=(1.0, 0.99, 1.0, 1.0, 0.98)),
             ),
+            preserved=PreservedInfo(
+                strength=3.0, text=text, text_sha256="6" * 64, num_tokens=16_384, left_plain=(text,)
+            ),
         ),
         protocol=_protocol(text),
         scores_before=BEFORE,
@@ -104,6 +108,7 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
         cost=Cost(
             seconds_per_edit=0.25,
             load_s=1.0,
+            preserve_s=5.0,
             cache_s=10.0,
             train_s=40.0,
             eval_s=125.0,

@@ -157,6 +157,27 @@ def test_time_that_is_up_ends_the_search_with_what_is_there(
     assert len(found.rounds[0]) == len(tries) - 1 == 3
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_later_round_that_time_cuts_short_does_not_count(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = search(subject)
+    tries: list[str] = []
+    real, clock = locate_module._try, time.perf_counter
+    enough = 1 + len(whole.rounds[0]) + 1  # the probe, the first round, and one of the second
+
+    def slow(ground: Any, name: str, *rest: Any) -> Any:
+        tries.append(name)
+        return real(ground, name, *rest)
+
+    monkeypatch.setattr(locate_module, "_try", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + (3600 if len(tries) >= enough else 0))
+    found = search(subject, budget_s=600)
+    assert len(tries) == enough
+    assert len(found.rounds) == 1
+    assert found.location == found.rounds[0][0].location
+
+
 def test_a_budget_too_short_says_how_long_it_takes(subject: Subject) -> None:
     with pytest.raises(InputError, match=r"too short to try two locations: .* takes \d+\.\d s"):
         search(subject, budget_s=1e-3)

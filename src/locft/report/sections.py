@@ -15,6 +15,7 @@ from locft.report.schema import (
     EvalCost,
     ExpertsInfo,
     PlannedCost,
+    PreservedInfo,
     Protocol,
     ProtocolScores,
     TrainingInfo,
@@ -123,8 +124,10 @@ def learning_blocks(training: TrainingInfo, settings: Mapping[str, Any]) -> tupl
         "predicted right, the true ones before them given, as training met each edit; the parts are "
         "fifths of the edits in the order of their file."
     )
+    preserved = training.preserved
+    kept = () if preserved is None else (Text(_preserved_text(preserved)),)
     if not course:
-        return (told,)
+        return (told, *kept)
     by_epoch = Table(
         columns=("epoch", "steps", "loss", *columns),
         rows=tuple(rows),
@@ -132,6 +135,7 @@ def learning_blocks(training: TrainingInfo, settings: Mapping[str, Any]) -> tupl
     )
     return (
         told,
+        *kept,
         draw_loss(course, threshold),
         draw_success(course, parts),
         Fold(title="The figures by epoch", blocks=(by_epoch,)),
@@ -355,6 +359,7 @@ def edit_cost_blocks(cost: Cost, plan: PlannedCost | None, training: TrainingInf
     """Show what an edit run cost, beside what it was expected to cost."""
     parts = {
         "loading": "load_s",
+        **({} if training.preserved is None else {"what is preserved, once": "preserve_s"}),
         "frozen layers, once": "cache_s",
         "training": "train_s",
         "scoring, before and after": "eval_s",
@@ -365,6 +370,8 @@ def edit_cost_blocks(cost: Cost, plan: PlannedCost | None, training: TrainingInf
     def planned(name: str) -> tuple[str, ...]:
         if plan is None:
             return ()
+        if name == "preserve_s":
+            return ("",)
         return (("at most " if name in at_most else "") + seconds_text(getattr(plan, name)),)
 
     rows = [(title, seconds_text(getattr(cost, name)), *planned(name)) for title, name in parts.items()]
@@ -420,6 +427,17 @@ def provenance_table(environment: Environment, edits: EditsInfo) -> Table:
 def drawn(picture: Picture | None) -> Iterable[Picture]:
     """Give a picture as the blocks that it is, or that it is not."""
     return () if picture is None else (picture,)
+
+
+def _preserved_text(preserved: PreservedInfo) -> str:
+    """Say what training kept as it was."""
+    whose = "of its own" if preserved.text == "model" else f"of {preserved.text}"
+    plain = counted(len(preserved.left_plain), "other parameter")
+    return (
+        "Updates were kept off the directions that ordinary text uses (covariance, strength "
+        f"{preserved.strength:g}), as the unedited model reads {preserved.num_tokens:,} tokens {whose}"
+        + (f"; {plain} of the location were trained plainly." if preserved.left_plain else ".")
+    )
 
 
 def _rest(num: int, noun: str, file: str) -> str:

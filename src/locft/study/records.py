@@ -25,6 +25,8 @@ class Trial:
         lr: Adam's learning rate.
         seed: Names the order of the edits, and whatever else is random.
         num_edits: How many edits, from the first of the file on.
+        preserve: What training keeps as it is; ``none`` for methods that have no location.
+        neutral_text: The text that it is preserved by; None for the model's own.
     """
 
     method: str
@@ -35,12 +37,16 @@ class Trial:
     lr: float
     seed: int
     num_edits: int
+    preserve: str = "none"
+    neutral_text: str | None = None
 
     @property
     def name(self) -> str:
         """Name it on one line."""
         where = "" if self.location is None else f" at {self.location}"
-        return f"{self.method}{where}, {self.pipeline}, batch {self.batch_size}, seed {self.seed}"
+        kept = "" if self.preserve == "none" else f", preserving {self.preserve}"
+        how = f"{self.pipeline}, batch {self.batch_size}, seed {self.seed}"
+        return f"{self.method}{where}, {how}{kept}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,10 @@ from locft.train.loop import Schedule
 from locft.types import Edit
 
 # What trials differ by, or what has no part in them.
-_NOT_SHARED = ("lr", "batch_size", "seed", "location", "prefer", "budget", "eval_batch_size")
+_NOT_SHARED = (
+    *("lr", "batch_size", "seed", "location", "preserve", "neutral_text"),
+    *("prefer", "budget", "eval_batch_size"),
+)
 _DRAWN_EVERY = 60  # seconds, while trials are done: drawing takes about one
 
 
@@ -135,7 +138,9 @@ def make_trial(
 ) -> Trial:
     """Make the trial of a method with its own settings; on all edits, and at the usual location."""
     location: Location | None = None
+    preserve = "none"
     if spec.method.uses_location:
+        preserve = spec.given.get("preserve", ground.config.preserve)
         name = location_name or spec.given.get("location", ground.config.location)
         location = resolve_location(ground.subject.loaded.model, name)
     return Trial(
@@ -147,6 +152,8 @@ def make_trial(
         lr=_choose_lr(ground, spec.method, location, spec.given.get("lr")),
         seed=seed,
         num_edits=num_edits or len(ground.edits),
+        preserve=preserve,
+        neutral_text=None if preserve == "none" else ground.config.neutral_text,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from locft.config import parse_preserve
 from locft.errors import ConfigError
 from locft.methods import METHODS, Method, choose_methods
 from locft.study.records import Pipeline
@@ -13,6 +14,7 @@ _KINDS: Mapping[str, Callable[[str], Any]] = {
     "location": str,
     "pipeline": str,
     "batch_size": int,
+    "preserve": str,
 }
 """What may be set of every method."""
 
@@ -25,7 +27,7 @@ class MethodSpec:
         text: As it was asked for.
         method: The method.
         settings: All of the method's settings.
-        given: What was set of `lr`, `location`, `pipeline` and `batch_size`.
+        given: What was set of `lr`, `location`, `pipeline`, `batch_size` and `preserve`.
     """
 
     text: str
@@ -60,7 +62,8 @@ def _parse(text: str, varied: Collection[str]) -> MethodSpec:
         key: kind for key, kind in _KINDS.items() if key not in varied
     }
     if not method.uses_location:
-        kinds.pop("location", None)
+        for key in ("location", "preserve"):
+            kinds.pop(key, None)
     kinds |= {key: type(value) for key, value in method.settings.items()}
     values: dict[str, Any] = {}
     for part in rest.split(",") if rest else ():
@@ -86,6 +89,10 @@ def _parse(text: str, varied: Collection[str]) -> MethodSpec:
 
 
 def _refuse_out_of_range(text: str, values: Mapping[str, Any]) -> None:
+    try:
+        parse_preserve(values.get("preserve", "none"))
+    except ConfigError as error:
+        raise ConfigError(f"method {text!r}: {error}") from error
     pipeline = values.get("pipeline")
     if pipeline is not None and pipeline not in get_args(Pipeline):
         known = " or ".join(get_args(Pipeline))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from locft.config import RunConfig
+from locft.config import RunConfig, parse_preserve
 from locft.data.encode import Encoded
 from locft.evaluation.drift import NeutralText
 from locft.evaluation.measure import Way, measure_model, measure_unedited, record_answers
@@ -16,14 +16,17 @@ from locft.evaluation.protocols import locft
 from locft.evaluation.scoring import Item, Result, guesses_for, items_of
 from locft.evaluation.subject import Reader, Subject, drift_of_values
 from locft.methods import METHODS, Plan, Tuning
+from locft.model.location import resolve_location
 from locft.model.split import Split, split_model
 from locft.model.weights import swapped_in
 from locft.provenance import Stopwatch, describe_scores, peak_memory_bytes
+from locft.recipe.preservation import prepare_preservation
 from locft.report.schema import ProtocolScores
 from locft.study.records import Moment, Trial, TrialResult
 from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine
 from locft.train.loop import Schedule, run_breadth_first, run_depth_first
+from locft.train.precondition import Preconditioner
 from locft.train.step import Stepper
 from locft.types import KINDS, Edit, Kind
 
@@ -124,7 +127,8 @@ def run_trial(
     shuffler = torch.Generator().manual_seed(trial.seed)
     order = torch.randperm(len(edits), generator=shuffler).tolist()
     examples = [subject.codec.encode(edits[index]) for index in order]
-    with attach(subject, trial, schedule) as tuning:
+    preconditioners = _prepare_preconditioners(subject, trial)
+    with attach(subject, trial, schedule, preconditioners) as tuning:
         split = split_model(network, tuning.layer)
         watch.lap("load")
         cache = cache_of(split, examples)
@@ -168,13 +172,31 @@ def run_trial(
     )
 
 
-def attach(subject: Subject, trial: Trial, schedule: Schedule) -> AbstractContextManager[Tuning]:
+def _prepare_preconditioners(subject: Subject, trial: Trial) -> Mapping[str, Preconditioner]:
+    """Get ready what a trial preserves."""
+    preserve = parse_preserve(trial.preserve)
+    if trial.location is None or preserve.covariance is None:
+        return {}
+    network = subject.loaded.model
+    location = resolve_location(network, trial.location)
+    split = split_model(network, location.layer)
+    found = prepare_preservation(subject, split, location, preserve, trial.neutral_text)
+    return {} if found is None else found.preconditioners
+
+
+def attach(
+    subject: Subject,
+    trial: Trial,
+    schedule: Schedule,
+    preconditioners: Mapping[str, Preconditioner] | None = None,
+) -> AbstractContextManager[Tuning]:
     """Make a model ready for a trial's training while the body runs."""
     plan = Plan(
         location=trial.location or "",
         num_steps=num_steps(trial, schedule),
         seed=trial.seed,
         settings=trial.settings,
+        preconditioners=preconditioners or {},
     )
     return METHODS[trial.method].attach(subject.loaded.model, plan)
 
