@@ -70,8 +70,8 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
     """Make the report of an edit run."""
     report = EditReport(
         schema_version=SCHEMA_VERSION,
-        model=_model(text),
-        edits=_edits(text),
+        model=model_info(text),
+        edits=edits_info(text),
         location=LocationInfo(
             name="2.mlp.down",
             layer=2,
@@ -99,7 +99,7 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
                 strength=3.0, text=text, text_sha256="6" * 64, num_tokens=16_384, left_plain=(text,)
             ),
         ),
-        protocol=_protocol(text),
+        protocol=protocol_info(text),
         scores_before=BEFORE,
         scores=SCORES,
         change={"reliability": CHANGE},
@@ -257,7 +257,7 @@ def _mean_drift(passages: Sequence[PassageDrift]) -> Figure:
 def make_evaluation(text: str = "plain", **changes: Any) -> EvalReport:
     """Make the report of an evaluation that measured everything."""
     scores = ProtocolScores(
-        protocol=_protocol(text),
+        protocol=protocol_info(text),
         before={"reliability": BEFORE.reliability, "generalization": SCORES.generalization},
         after={"reliability": SCORES.reliability, "generalization": SCORES.generalization},
         change={"reliability": CHANGE},
@@ -276,11 +276,11 @@ def make_evaluation(text: str = "plain", **changes: Any) -> EvalReport:
     )
     report = EvalReport(
         schema_version=SCHEMA_VERSION,
-        model=_model(text),
+        model=model_info(text),
         endpoint=None,
         patch=text,
         base=None,
-        edits=_edits(text),
+        edits=edits_info(text),
         protocols={"locft": scores, "wild": wild},
         contexts={"raw": scores, "chat": in_chat},
         judge=JudgeInfo(model=text, agreement=SCORES.locality, num_without_verdict=2),
@@ -402,7 +402,7 @@ def make_passages(text: str = "plain") -> tuple[PassageDrift, ...]:
     )
 
 
-def _model(text: str) -> ModelInfo:
+def model_info(text: str) -> ModelInfo:
     return ModelInfo(
         id=text,
         revision=None,
@@ -413,7 +413,7 @@ def _model(text: str) -> ModelInfo:
     )
 
 
-def _edits(text: str) -> EditsInfo:
+def edits_info(text: str) -> EditsInfo:
     return EditsInfo(
         file=text,
         format="locft",
@@ -427,7 +427,7 @@ def _edits(text: str) -> EditsInfo:
     )
 
 
-def _protocol(text: str) -> Protocol:
+def protocol_info(text: str) -> Protocol:
     return Protocol(
         name="locft",
         rule=f"Match answers: {text}.",

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reports import edits_info, model_info, protocol_info
 
 from locft.errors import InputError
-from locft.report.schema import EditsInfo, ModelInfo, Protocol
 from locft.study.records import STUDY_VERSION, Topic, Trial
 from locft.study.run import failed_trial
 from locft.study.store import TRIALS_FILE, is_study, open_store, read_topic, read_trials
@@ -14,35 +14,10 @@ from locft.study.store import TRIALS_FILE, is_study, open_store, read_topic, rea
 TOPIC = Topic(
     version=STUDY_VERSION,
     study="locations",
-    model=ModelInfo(
-        id="tiny",
-        revision=None,
-        architecture="LlamaForCausalLM",
-        num_parameters=10,
-        num_layers=2,
-        dtype="float32",
-    ),
-    edits=EditsInfo(
-        file=None,
-        format="locft",
-        num_edits=2,
-        num_rephrases=0,
-        num_locality=0,
-        num_dropped=0,
-        num_warnings=0,
-        file_sha256=None,
-        sha256="0" * 64,
-    ),
+    model=model_info("tiny"),
+    edits=edits_info("edits.jsonl"),
     settings={"epochs": "auto"},
-    protocol=Protocol(
-        name="locft",
-        rule="",
-        context="raw",
-        max_new_tokens=32,
-        stop=(),
-        match="",
-        meanings={},
-    ),
+    protocol=protocol_info("a rule"),
     drift_text_sha256="0" * 64,
     num_passages=2,
     num_scored=2,
