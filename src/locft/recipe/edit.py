@@ -151,7 +151,8 @@ def _edit(
 
     with staged_folder(run) as staging:
         # 2. Training: the frozen layers once, then the rest in every epoch.
-        schedule = choose_schedule(config, len(gathered.edits), location.shapes)
+        gain = 1.0 if preservation is None else preservation.gain
+        schedule = choose_schedule(config, len(gathered.edits), location.shapes, gain)
         say(
             f"training {location.name} ({location.num_parameters:,} parameters"
             + (f": only {location.part_in_words}" if location.parts else "")

@@ -39,6 +39,12 @@ class Preservation:
     preconditioners: Mapping[str, Preconditioner]
     info: PreservedInfo
 
+    @property
+    def gain(self) -> float:
+        """How much more updates must move than plain ones; the mean over the matrices."""
+        gains = [one.gain for one in self.preconditioners.values()]
+        return sum(gains) / len(gains) if gains else 1.0
+
 
 def prepare_preservation(
     subject: Subject, split: Split, location: Location, preserve: Preserve, neutral_text: str | None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from locft.config import RunConfig
+from locft.config import RunConfig, parse_preserve
 from locft.data.gather import check_tokens, gather_edits, say_warnings
 from locft.errors import InputError, TrainingError
 from locft.evaluation.drift import NeutralText, first_passages, read_neutral_text
@@ -16,6 +16,7 @@ from locft.model.load import context_tokens
 from locft.model.location import Location, resolve_location
 from locft.model.split import split_model
 from locft.provenance import describe_edits, describe_environment, describe_model, describe_protocol
+from locft.recipe.preservation import prepare_preservation
 from locft.recipe.run_folder import REPORT_FILE, draw
 from locft.report.page import Page
 from locft.report.schema import Environment, to_bytes
@@ -114,7 +115,9 @@ def prepare(
     return Ground(topic=topic, subject=subject, edits=gathered.edits, text=text, config=config)
 
 
-def _choose_lr(ground: Ground, method: Method, location: Location | None, given: float | None) -> float:
+def _choose_lr(
+    ground: Ground, method: Method, location: Location | None, given: float | None, preserve: str
+) -> float:
     """Choose a method's learning rate: the one that is given, its own, or the rule for a location."""
     if given is not None:
         return given
@@ -122,8 +125,14 @@ def _choose_lr(ground: Ground, method: Method, location: Location | None, given:
         return ground.config.lr
     if method.lr != "auto":
         return method.lr
-    shapes = [(1, 1)] if location is None else location.shapes
-    return choose_schedule(ground.config, 1, shapes).lr
+    if location is None:
+        return choose_schedule(ground.config, 1, [(1, 1)]).lr
+    split = split_model(ground.subject.loaded.model, location.layer)
+    kept = prepare_preservation(
+        ground.subject, split, location, parse_preserve(preserve), ground.config.neutral_text
+    )
+    gain = 1.0 if kept is None else kept.gain
+    return choose_schedule(ground.config, 1, location.shapes, gain).lr
 
 
 def make_trial(
@@ -149,7 +158,7 @@ def make_trial(
         location=None if location is None else location.name,
         pipeline=pipeline,
         batch_size=1 if pipeline == "depth-first" else batch_size,
-        lr=_choose_lr(ground, spec.method, location, spec.given.get("lr")),
+        lr=_choose_lr(ground, spec.method, location, spec.given.get("lr"), preserve),
         seed=seed,
         num_edits=num_edits or len(ground.edits),
         preserve=preserve,

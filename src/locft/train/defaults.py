@@ -19,7 +19,9 @@ _EPOCH_LIMIT = 25
 _STEP_LIMIT = 100
 
 
-def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence[int]]) -> Schedule:
+def choose_schedule(
+    config: RunConfig, num_edits: int, shapes: Sequence[Sequence[int]], gain: float = 1.0
+) -> Schedule:
     """Resolve every `auto` of the settings that concern training.
 
     Learning rate: 0.08 / (k sqrt(n)), with n the longer side of the largest tuned matrix and k the
@@ -27,6 +29,9 @@ def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence
     output moves with the square root of its width, and the moves of k matrices add up. The rule
     gives 2e-3 for the MLP down projection of a 135M model, where it was measured, and 6.7e-4 for
     Llama-3-8B's, where the paper has 5e-4.
+
+    Where updates are preconditioned it is `gain` times that, so that a step changes what a matrix makes
+    of ordinary inputs as much as without.
 
     Epochs: 25 as in the paper, more where that would be fewer than 100 steps. Both are limits: a
     run ends when the loss is under `stop_loss`.
@@ -36,13 +41,15 @@ def choose_schedule(config: RunConfig, num_edits: int, shapes: Sequence[Sequence
         num_edits: How many edits there are.
         shapes: The shapes of the tuned parameters; that of one expert, since together they answer as
             one.
+        gain: How much more preconditioned updates must move than plain ones.
 
     Returns:
         The schedule.
     """
     matrices = [shape for shape in shapes if len(shape) >= 2] or list(shapes)
     width = max(max(shape) for shape in matrices)
-    lr = _LR_SCALE / (len(matrices) * math.sqrt(width)) if config.lr == "auto" else config.lr
+    rate = gain * _LR_SCALE / (len(matrices) * math.sqrt(width))
+    lr = rate if config.lr == "auto" else config.lr
     steps_per_epoch = math.ceil(num_edits / config.batch_size)
     enough = max(_EPOCH_LIMIT, math.ceil(_STEP_LIMIT / steps_per_epoch))
     return Schedule(

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from locft.model.moments import InputMoment
 
+_ROUNDING = 4 * torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preconditioner:
@@ -16,10 +18,13 @@ class Preconditioner:
     Attributes:
         matrix: P, (K, K) float32, symmetric, with eigenvalues over 0 and at most 1.
         axis: The axis of W along which its input runs: 1 for (out, K), 0 for (K, out).
+        gain: By how much more than W itself D must move for the same effect on ordinary inputs x: the
+            mean of x^T x over that of x^T P x; 1 or more.
     """
 
     matrix: Tensor
     axis: int
+    gain: float
 
     def apply(self, tensor: Tensor) -> Tensor:
         """Multiply a tensor in the shape of W: D gives an update, the gradient of W that of D."""
@@ -42,9 +47,17 @@ def make_preconditioner(moment: InputMoment, strength: float, axis: int) -> Prec
         The preconditioner.
     """
     second = moment.matrix.double()
+    # Rounded to float32, it may have eigenvalues a hair under zero.
+    second.diagonal().add_(_ROUNDING * second.diagonal().sum())
     mean = second.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     whole = torch.eye(len(second), dtype=torch.float64) + strength / mean * second
-    return Preconditioner(matrix=torch.cholesky_inverse(torch.linalg.cholesky(whole)).float(), axis=axis)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(whole))
+    kept = (inverse * second).sum()
+    return Preconditioner(
+        matrix=inverse.float(),
+        axis=axis,
+        gain=(second.diagonal().sum() / kept).item() if kept > 0 else 1.0,
+    )
 
 
 def make_preconditioners(

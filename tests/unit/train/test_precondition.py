@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +48,9 @@ def test_it_is_the_published_function_of_the_eigenvalues(seed: int, strength: fl
 
 def test_nothing_in_use_is_nothing_to_preserve() -> None:
     moment = InputMoment(matrix=torch.zeros(3, 3), num_tokens=4)
-    assert torch.equal(make_preconditioner(moment, 3.0, axis=1).matrix, torch.eye(3))
+    made = make_preconditioner(moment, 3.0, axis=1)
+    assert torch.equal(made.matrix, torch.eye(3))
+    assert made.gain == 1
 
 
 def test_it_multiplies_on_the_side_of_the_input() -> None:
@@ -64,3 +67,13 @@ def test_matrices_that_share_a_moment_share_a_preconditioner() -> None:
     made = make_preconditioners(moments, {"q": 1, "k": 1, "o": 1}, 2.0)
     assert made["q"] is made["k"]
     assert made["o"] is not made["q"]
+
+
+@given(seed=st.integers(0, 1000), strength=st.floats(0, 100))
+def test_the_gain_makes_up_for_what_ordinary_inputs_lose(seed: int, strength: float) -> None:
+    moment = moment_of(seed, 7, 40)
+    made = make_preconditioner(moment, strength, axis=1)
+    inputs = torch.linalg.cholesky(moment.matrix.double() + 1e-9 * torch.eye(7)).T  # with that moment
+    lost = (inputs @ made.matrix.double() * inputs).sum() / (inputs * inputs).sum()
+    assert made.gain * lost.item() == pytest.approx(1, rel=1e-3)
+    assert made.gain >= 1 - 1e-9
