@@ -51,6 +51,7 @@ def test_a_run_says_what_it_preserved_and_by_what(model_folder: Path, tmp_path: 
     assert "kept off the directions that ordinary text uses" in (tmp_path / "run/report.md").read_text()
     manifest = json.loads((tmp_path / "run/patch/patch.json").read_text())
     assert manifest["settings"]["preserve"] == "covariance:7"
+    assert manifest["settings"]["neutral_text"] == preserved.text_sha256
     assert read_patch(tmp_path / "run/patch")  # an ordinary patch
 
 

@@ -45,7 +45,7 @@ from locft.publish import refuse_taken, reserved, staged_folder
 from locft.recipe.locate import find_location
 from locft.recipe.locate_page import describe_found
 from locft.recipe.plan import predict_cost
-from locft.recipe.preservation import prepare_preservation
+from locft.recipe.preservation import Preservation, prepare_preservation
 from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
 from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, ExpertsInfo, TrainingInfo
 from locft.report.words import counted, seconds_text
@@ -185,7 +185,7 @@ def _edit(
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
         dtypes = [weights.entries[name].dtype for name in weights.tensors]
-        manifest = _manifest(subject, location, config, gathered, schedule, engine, dtypes)
+        manifest = _manifest(subject, location, config, gathered, schedule, engine, dtypes, preservation)
         patch, changes = make_patch(weights, trained.matrices, manifest)
         save_trained(staging, patch, gathered.edits, config)
     del subject, network, split, cache  # a large model fits into memory once
@@ -290,6 +290,7 @@ def _manifest(
     schedule: Schedule,
     engine: Engine,
     dtypes: Sequence[str],
+    preservation: Preservation | None,
 ) -> PatchManifest:
     """Describe the patch by what decides its bytes: no time, no hardware, no setting of the scores."""
     checkpoint = subject.loaded.checkpoint
@@ -310,6 +311,8 @@ def _manifest(
             "dtype": dtype_name(subject.loaded.model.dtype),
             "compute_dtype": engine.compute_dtype(subject.loaded.model),
             "compile": "off" if engine.compiled is None else "on",
+            # Not where the text stands, but which it was.
+            "neutral_text": None if preservation is None else preservation.info.text_sha256,
         },
         num_edits=len(gathered.edits),
         edits_sha256=gathered.sha256,

@@ -37,6 +37,8 @@ OTHER_VALUES: dict[str, Any] = {
     "stop_loss": 0.5,
     "loss_mean": "token",
     "seed": 11,
+    "preserve": "covariance:7",
+    "neutral_text": "another file.txt",
     "prefer": "preservation",
     "budget": "90s",
     "on_conflict": "keep-last",
