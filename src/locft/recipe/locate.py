@@ -264,9 +264,10 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
     names = _first_locations(ground)
     most = len(ground.edits)
     fewest = min(_FEWEST_EDITS, most)
-    # It tells what a try costs, and warms the machine up.
-    [probe] = _try_all(ground, names[:1], fewest, math.inf)
-    second_s = probe.outcome.seconds / _work(ground, names[0], fewest)
+    # They tell what a try costs. The first one also warms the machine up, and runs the layers below.
+    caches = _Caches(ground, fewest)
+    probes = [_try(ground, names[0], fewest, caches) for _ in range(2)]
+    second_s = probes[1].outcome.seconds / _work(ground, names[0], fewest)
     left = _MARGIN * (deadline - time.perf_counter()) / second_s
     while len(names) > 1 and _plan_work(ground, names, fewest, is_first=True) > left:
         names.pop()
@@ -274,7 +275,7 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
         needed = second_s * _plan_work(ground, names * 2, fewest, is_first=True) / _MARGIN
         raise InputError(
             "the budget is too short to try two locations: on this machine, and once the model is "
-            f"loaded, that takes {seconds_text(probe.outcome.seconds + needed)}"
+            f"loaded, that takes {seconds_text(sum(one.outcome.seconds for one in probes) + needed)}"
         )
     rounds: list[list[_Tried]] = []
     num_before = 0
