@@ -51,8 +51,8 @@ _FIRST: Mapping[str, tuple[int, ...]] = {
 _LIKELIEST = 76  # percent
 _KEPT = 4  # one of so many goes on
 _NUM_REFINED = 2  # whose neighbours are tried, too
-_MOST_NEIGHBOURS = 7
-_GROWTH = 2  # times as many edits
+_MOST_NEIGHBOURS = 5
+_GROWTH = 1.5  # times as many edits at least, where plans are made
 _FEWEST_EDITS, _MOST_EDITS = 16, 200
 _FEWEST_LEFT = 3
 _NUM_WINDOWS, _WINDOW_TOKENS = 8, 96  # of neutral text
@@ -380,7 +380,7 @@ def _work(ground: _Ground, name: str, num_edits: int) -> float:
 def _plan_work(ground: _Ground, names: Sequence[str], num_edits: int, is_first: bool) -> float:
     """Estimate what this round and those after it cost, from some locations on so many edits on."""
     mean = sum(_work(ground, name, num_edits) for name in names) / len(names)
-    num, growth = len(names), 1
+    num, growth = len(names), 1.0
     total = num * mean
     while num > _FEWEST_LEFT:
         num = _num_kept(num) + (_MOST_NEIGHBOURS if is_first else 0)
