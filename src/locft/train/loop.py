@@ -4,9 +4,8 @@ Depth-first, one edit after the other, stands beside it to be compared with.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -89,7 +88,6 @@ def train_breadth_first(
     initial: Mapping[str, Tensor] | None = None,
     engine: Engine = Engine(),
     preconditioners: Mapping[str, Preconditioner] | None = None,
-    groups: Sequence[Sequence[int]] | None = None,
 ) -> Trained:
     """Train a tuning location on cached prefix states.
 
@@ -105,7 +103,6 @@ def train_breadth_first(
             its own dtype; the model's own values if None.
         engine: What the tail computes with.
         preconditioners: What the updates of parameters are multiplied by, by name, where they are.
-        groups: The examples of each edit, its own prompt's first; one each if None.
 
     Returns:
         The trained matrices and the course of the loss.
@@ -124,24 +121,19 @@ def train_breadth_first(
         split.tail(in_bfloat16=engine.in_bfloat16, compiled=engine.compiled) as tail,
     ):
         stepper = Stepper(tail, cache, trainable, schedule.lr, schedule.loss_mean)
-        epochs = run_breadth_first(stepper, schedule, on_epoch, groups)
+        epochs = run_breadth_first(stepper, schedule, on_epoch)
     return Trained(stepper.values(), epochs, epochs[-1].loss < schedule.stop_loss)
 
 
 def run_breadth_first(
-    stepper: Stepper,
-    schedule: Schedule,
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
-    groups: Sequence[Sequence[int]] | None = None,
+    stepper: Stepper, schedule: Schedule, on_epoch: Callable[[Epoch], None] = lambda _: None
 ) -> tuple[Epoch, ...]:
-    """Go through all edits in every epoch, reshuffled, in mini-batches, until the loss is low.
+    """Go through all examples in every epoch, reshuffled, in mini-batches, until the loss is low.
 
     Args:
         stepper: What takes the steps.
         schedule: How long and how fast.
         on_epoch: Called after each epoch.
-        groups: The examples of each edit, its own prompt's first; a step takes all of them. One each
-            if None.
 
     Returns:
         What each epoch did.
@@ -149,29 +141,25 @@ def run_breadth_first(
     Raises:
         TrainingError: A loss, gradient or weight is not finite.
     """
-    groups = [[index] for index in range(stepper.cache.num_examples)] if groups is None else groups
-    num_edits = len(groups)
-    # Of every edit's own prompt, as it is met.
-    success = torch.zeros(num_edits, device=stepper.cache.device)
-    orders = shuffled_batches(num_edits, schedule.batch_size, schedule.seed)
+    num_examples = stepper.cache.num_examples
+    # Of every example, as it is met.
+    success = torch.zeros(num_examples, device=stepper.cache.device)
+    orders = shuffled_batches(num_examples, schedule.batch_size, schedule.seed)
     epochs: list[Epoch] = []
-    with progress("training", schedule.epochs * num_edits, "edits") as advance:
+    with progress("training", schedule.epochs * num_examples, "edits") as advance:
         while len(epochs) < schedule.epochs:
             total = 0.0
             batches = next(orders)
-            for number, batch in enumerate(batches):
+            for number, indices in enumerate(batches):
                 place = f"epoch {len(epochs) + 1}, step {number + 1} of {len(batches)}"
-                examples = [example for edit in batch for example in groups[edit]]
-                own = list(accumulate((len(groups[edit]) for edit in batch[:-1]), initial=0))
-                loss, found = stepper.step(examples, place)
-                success[batch] = found[own]
-                total += loss * len(batch)
-                advance(len(batch), note=f"loss {loss:.3f}")
+                loss, success[indices] = stepper.step(indices, place)
+                total += loss * len(indices)
+                advance(len(indices), note=f"loss {loss:.3f}")
             epochs.append(
                 Epoch(
                     epoch=len(epochs) + 1,
                     steps=len(batches),
-                    loss=total / num_edits,
+                    loss=total / num_examples,
                     success=means_of_fifths(success),
                 )
             )
