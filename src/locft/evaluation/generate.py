@@ -1,7 +1,6 @@
 """Answers prompts by greedy decoding under the published protocol."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from transformers import (
 
 from locft.data.encode import Codec
 from locft.data.normalise import cut_answer
+from locft.model.sampling import generating
 from locft.model.split import logits_at
 from locft.progress import Step, progress
 
@@ -144,7 +144,7 @@ def _decode_greedily(
     rows: dict[str, list[int]] = {}
     pending = {prompt: list(of_prompt) for prompt, of_prompt in ids.items()}
     num_decoded = 0
-    with _greedy(model, ends):
+    with generating(model, _greedy(ends)):
         for num_tokens in decoding_stages(max_new_tokens):
             # Longest first: little is padded, and memory is at its peak at once.
             order = sorted(pending, key=lambda prompt: (-len(pending[prompt]), prompt))
@@ -266,19 +266,9 @@ def _end_ids(model: PreTrainedModel, codec: Codec) -> set[int]:
     return ends
 
 
-@contextmanager
-def _greedy(model: PreTrainedModel, ends: set[int]) -> Iterator[None]:
-    """Give the model plain greedy decoding: its own generation settings may sample or penalise."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _greedy(ends: set[int]) -> GenerationConfig:
+    """Make the settings of plain greedy decoding."""
+    return GenerationConfig(do_sample=False, eos_token_id=sorted(ends), pad_token_id=min(ends))
 
 
 class _StopAt(StoppingCriteria):

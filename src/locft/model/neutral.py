@@ -34,15 +34,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     Returns:
         A SHA-256, as hex digits.
     """
-
-    def digest(item: tuple[str, Tensor]) -> bytes:
-        name, value = item
-        head = json.dumps([name, str(value.dtype), list(value.shape)]).encode()
-        return hashlib.sha256(head + _digest_of(value)).digest()
-
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashing leaves the interpreter to others
-        whole = b"".join(pool.map(digest, sorted(model.state_dict().items())))
-    return hashlib.sha256(whole).hexdigest()
+    return _hash(model.state_dict()).hex()
 
 
 def written_texts(
@@ -145,14 +137,18 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Hash tensors by their names and bytes: (32,) bytes."""
-    whole = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        whole.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        whole.update(_digest_of(value))
-    return torch.frombuffer(bytearray(whole.digest()), dtype=torch.uint8)
+    """Hash tensors as `_hash` does: (32,) bytes."""
+    return torch.frombuffer(bytearray(_hash(tensors)), dtype=torch.uint8)
 
 
-def _digest_of(value: Tensor) -> bytes:
-    flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).digest()
+def _hash(tensors: Mapping[str, Tensor]) -> bytes:
+    """Hash tensors by their names, dtypes, shapes and bytes."""
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, value = item
+        head = json.dumps([name, str(value.dtype), list(value.shape)]).encode()
+        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return hashlib.sha256(head + hashlib.sha256(flat.numpy().data).digest()).digest()
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing leaves the interpreter to others
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors.items())))).digest()

@@ -1,6 +1,7 @@
 """Texts that a model writes by itself: what it takes for ordinary, where no text is at hand."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -38,18 +39,28 @@ def sample_sequences(
     )
     devices = [model.device] if model.device.type == "cuda" else []
     found: list[tuple[int, ...]] = []
-    own = model.generation_config
-    with torch.random.fork_rng(devices), progress("writing neutral text", len(starts), "texts") as step:
+    with (
+        torch.random.fork_rng(devices),
+        generating(model, settings),
+        progress("writing neutral text", len(starts), "texts") as step,
+    ):
         torch.manual_seed(seed)
-        model.generation_config = settings
-        try:
-            for first in range(0, len(starts), _AT_ONCE):
-                rows = torch.tensor([list(one) for one in starts[first : first + _AT_ONCE]])
-                written = model.generate(  # type: ignore[operator]
-                    rows.to(model.device), attention_mask=torch.ones_like(rows).to(model.device)
-                )
-                found += [tuple(row) for row in written.tolist()]
-                step(len(rows))
-        finally:
-            model.generation_config = own
+        for first in range(0, len(starts), _AT_ONCE):
+            rows = torch.tensor([list(one) for one in starts[first : first + _AT_ONCE]])
+            written = model.generate(  # type: ignore[operator]
+                rows.to(model.device), attention_mask=torch.ones_like(rows).to(model.device)
+            )
+            found += [tuple(row) for row in written.tolist()]
+            step(len(rows))
     return found
+
+
+@contextmanager
+def generating(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Let a model generate by some settings while the body runs; its own may sample or penalise."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

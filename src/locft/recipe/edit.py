@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from locft.config import AUTO, RunConfig, parse_preserve, seconds_of, settings
+from locft.config import AUTO, RunConfig, seconds_of, settings
 from locft.data.edits import EditFile
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
 from locft.evaluation.drift import NeutralText, read_neutral_text
@@ -45,9 +45,16 @@ from locft.publish import refuse_taken, reserved, staged_folder
 from locft.recipe.locate import find_location
 from locft.recipe.locate_page import describe_found
 from locft.recipe.plan import predict_cost
-from locft.recipe.preservation import Preservation, prepare_preservation
+from locft.recipe.preservation import prepare_preservation
 from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
-from locft.report.schema import SCHEMA_VERSION, Cost, EditReport, ExpertsInfo, TrainingInfo
+from locft.report.schema import (
+    SCHEMA_VERSION,
+    Cost,
+    EditReport,
+    ExpertsInfo,
+    PreservedInfo,
+    TrainingInfo,
+)
 from locft.report.words import counted, seconds_text
 from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine, choose_schedule
@@ -133,8 +140,7 @@ def _edit(
     split = split_model(network, location.layer)
     model_info = describe_model(subject.loaded)
     watch.lap("load")
-    preserve = parse_preserve(config.preserve)
-    preservation = prepare_preservation(subject, split, location, preserve, config.neutral_text)
+    preservation = prepare_preservation(subject, location, config.preserve, config.neutral_text)
     watch.lap("preserve")
     num_prompts = len(set(prompts_of(gathered.edits)))
     say(f"answering {counted(num_prompts, 'prompt')} before the edit")
@@ -151,8 +157,7 @@ def _edit(
 
     with staged_folder(run) as staging:
         # 2. Training: the frozen layers once, then the rest in every epoch.
-        gain = 1.0 if preservation is None else preservation.gain
-        schedule = choose_schedule(config, len(gathered.edits), location.shapes, gain)
+        schedule = choose_schedule(config, len(gathered.edits), location.shapes, preservation.gain)
         say(
             f"training {location.name} ({location.num_parameters:,} parameters"
             + (f": only {location.part_in_words}" if location.parts else "")
@@ -179,13 +184,15 @@ def _edit(
                 write_epoch,
                 initial,
                 engine,
-                preservation.preconditioners if preservation is not None else None,
+                preservation.preconditioners,
             )
         watch.lap("train")
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
         dtypes = [weights.entries[name].dtype for name in weights.tensors]
-        manifest = _manifest(subject, location, config, gathered, schedule, engine, dtypes, preservation)
+        manifest = _manifest(
+            subject, location, config, gathered, schedule, engine, dtypes, preservation.info
+        )
         patch, changes = make_patch(weights, trained.matrices, manifest)
         save_trained(staging, patch, gathered.edits, config)
     del subject, network, split, cache  # a large model fits into memory once
@@ -225,7 +232,7 @@ def _edit(
             stopped_early=trained.stopped_early,
             fifths=fifths_of(len(gathered.edits)),
             course=trained.epochs,
-            preserved=None if preservation is None else preservation.info,
+            preserved=preservation.info,
         ),
         protocol=scores.protocol,
         scores_before=Scores(**(scores.before or {}), drift=drift_of_unedited(drift.overall.num)),
@@ -290,7 +297,7 @@ def _manifest(
     schedule: Schedule,
     engine: Engine,
     dtypes: Sequence[str],
-    preservation: Preservation | None,
+    preserved: PreservedInfo | None,
 ) -> PatchManifest:
     """Describe the patch by what decides its bytes: no time, no hardware, no setting of the scores."""
     checkpoint = subject.loaded.checkpoint
@@ -312,7 +319,7 @@ def _manifest(
             "compute_dtype": engine.compute_dtype(subject.loaded.model),
             "compile": "off" if engine.compiled is None else "on",
             # Not where the text stands, but which it was.
-            "neutral_text": None if preservation is None else preservation.info.text_sha256,
+            "neutral_text": None if preserved is None else preserved.text_sha256,
         },
         num_edits=len(gathered.edits),
         edits_sha256=gathered.sha256,

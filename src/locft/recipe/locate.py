@@ -278,12 +278,12 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
             f"loaded, that takes {seconds_text(sum(one.outcome.seconds for one in probes) + needed)}"
         )
     rounds: list[list[_Tried]] = []
-    num_before = 0
     while True:
         left = _MARGIN * (deadline - time.perf_counter()) / second_s
         num_edits = fewest
         while num_edits < most and _plan_work(ground, names, num_edits + 1, not rounds) <= left:
             num_edits += 1
+        num_before = rounds[-1][0].outcome.num_edits if rounds else 0
         # Where all edits were in already, only new locations are tried.
         known = {one.outcome.location: one for one in (rounds[-1] if rounds else ())}
         again = [known[name] for name in names if name in known and num_edits == num_before]
@@ -313,7 +313,6 @@ def _halve(ground: _Ground, deadline: float, say: Callable[[str], None]) -> list
         if len(rounds) == 1:
             seen = {one.outcome.location for one in tried}
             names += [name for name in _neighbours(ground, names[:_NUM_REFINED]) if name not in seen]
-        num_before = num_edits
 
 
 def _worst_last(tried: _Tried) -> float:

@@ -4,11 +4,9 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from transformers import PreTrainedTokenizerBase
-
-from locft.config import Preserve
+from locft.config import parse_preserve
 from locft.errors import ConfigError, InputError
 from locft.evaluation.drift import cut_windows, read_neutral_text
 from locft.evaluation.subject import Subject
@@ -16,7 +14,7 @@ from locft.model.load import context_tokens
 from locft.model.location import Location
 from locft.model.moments import input_axis
 from locft.model.neutral import fingerprint, known_moments, written_texts
-from locft.model.split import Split
+from locft.model.split import split_model
 from locft.report.schema import PreservedInfo
 from locft.train.precondition import Preconditioner, make_preconditioners
 
@@ -33,11 +31,11 @@ class Preservation:
 
     Attributes:
         preconditioners: What updates are multiplied by, by parameter.
-        info: What they were made by.
+        info: What they were made by; None where nothing is preserved.
     """
 
-    preconditioners: Mapping[str, Preconditioner]
-    info: PreservedInfo
+    preconditioners: Mapping[str, Preconditioner] = field(default_factory=dict)
+    info: PreservedInfo | None = None
 
     @property
     def gain(self) -> float:
@@ -47,27 +45,27 @@ class Preservation:
 
 
 def prepare_preservation(
-    subject: Subject, split: Split, location: Location, preserve: Preserve, neutral_text: str | None
-) -> Preservation | None:
+    subject: Subject, location: Location, preserve: str, neutral_text: str | None
+) -> Preservation:
     """Measure what a location receives of ordinary text, and make its preconditioners.
 
     Args:
         subject: The model, unedited.
-        split: The same, split at the location's layer.
         location: What will be tuned.
-        preserve: What is to be preserved.
+        preserve: What is to be preserved, as `parse_preserve` reads it.
         neutral_text: A file of ordinary text; None for texts that the model itself writes.
 
     Returns:
-        The preconditioners, and what they were made by; None where nothing is to be preserved.
+        The preconditioners, and what they were made by; neither where nothing is to be preserved.
 
     Raises:
         InputError: The text cannot be read, or is too short for the width of a matrix.
         ConfigError: No parameter of the location has an input that can be seen.
     """
-    if preserve.covariance is None:
-        return None
-    network = split.model
+    strength = parse_preserve(preserve).covariance
+    if strength is None:
+        return Preservation()
+    network = subject.loaded.model
     axes = {
         name: axis for name in location.parameters if (axis := input_axis(network, name)) is not None
     }
@@ -85,11 +83,12 @@ def prepare_preservation(
         sequences = written_texts(network, model_sha256, starts, _TEXT_TOKENS, _SEED)
     else:
         sequences = _read(subject, neutral_text, width)
+    split = split_model(network, location.layer)
     moments = known_moments(split, model_sha256, tuple(axes), sequences)
     return Preservation(
-        preconditioners=make_preconditioners(moments, axes, preserve.covariance),
+        preconditioners=make_preconditioners(moments, axes, strength, network.device),
         info=PreservedInfo(
-            strength=preserve.covariance,
+            strength=strength,
             text="model" if neutral_text is None else neutral_text,
             text_sha256=hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
             num_tokens=sum(map(len, sequences)),
@@ -103,14 +102,9 @@ def _starts(subject: Subject, num: int) -> list[tuple[int, ...]]:
     tokenizer = subject.loaded.tokenizer
     special = set(tokenizer.all_special_ids)
     ordinary = [index for index in range(len(tokenizer)) if index not in special]
-    begin = _beginning(tokenizer)
+    begin = tokenizer("")["input_ids"]  # what it puts before every text
     dice = random.Random(_SEED)
     return [(*begin, dice.choice(ordinary)) for _ in range(num)]
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Give what the tokenizer puts before every text."""
-    return tuple(tokenizer("")["input_ids"])
 
 
 def _read(subject: Subject, path: str, width: int) -> list[tuple[int, ...]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from locft.config import RunConfig, parse_preserve
+from locft.config import RunConfig
 from locft.data.gather import check_tokens, gather_edits, say_warnings
 from locft.errors import InputError, TrainingError
 from locft.evaluation.drift import NeutralText, first_passages, read_neutral_text
@@ -32,8 +32,15 @@ from locft.types import Edit
 
 # What trials differ by, or what has no part in them.
 _NOT_SHARED = (
-    *("lr", "batch_size", "seed", "location", "preserve", "neutral_text"),
-    *("prefer", "budget", "eval_batch_size"),
+    "lr",
+    "batch_size",
+    "seed",
+    "location",
+    "preserve",
+    "neutral_text",
+    "prefer",
+    "budget",
+    "eval_batch_size",
 )
 _DRAWN_EVERY = 60  # seconds, while trials are done: drawing takes about one
 
@@ -127,12 +134,8 @@ def _choose_lr(
         return method.lr
     if location is None:
         return choose_schedule(ground.config, 1, [(1, 1)]).lr
-    split = split_model(ground.subject.loaded.model, location.layer)
-    kept = prepare_preservation(
-        ground.subject, split, location, parse_preserve(preserve), ground.config.neutral_text
-    )
-    gain = 1.0 if kept is None else kept.gain
-    return choose_schedule(ground.config, 1, location.shapes, gain).lr
+    kept = prepare_preservation(ground.subject, location, preserve, ground.config.neutral_text)
+    return choose_schedule(ground.config, 1, location.shapes, kept.gain).lr
 
 
 def make_trial(

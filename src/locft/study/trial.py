@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from locft.config import RunConfig, parse_preserve
+from locft.config import RunConfig
 from locft.data.encode import Encoded
 from locft.evaluation.drift import NeutralText
 from locft.evaluation.measure import Way, measure_model, measure_unedited, record_answers
@@ -174,14 +174,10 @@ def run_trial(
 
 def _prepare_preconditioners(subject: Subject, trial: Trial) -> Mapping[str, Preconditioner]:
     """Get ready what a trial preserves."""
-    preserve = parse_preserve(trial.preserve)
-    if trial.location is None or preserve.covariance is None:
+    if trial.location is None:
         return {}
-    network = subject.loaded.model
-    location = resolve_location(network, trial.location)
-    split = split_model(network, location.layer)
-    found = prepare_preservation(subject, split, location, preserve, trial.neutral_text)
-    return {} if found is None else found.preconditioners
+    location = resolve_location(subject.loaded.model, trial.location)
+    return prepare_preservation(subject, location, trial.preserve, trial.neutral_text).preconditioners
 
 
 def attach(

@@ -31,7 +31,9 @@ class Preconditioner:
         return tensor @ self.matrix if self.axis else self.matrix @ tensor
 
 
-def make_preconditioner(moment: InputMoment, strength: float, axis: int) -> Preconditioner:
+def make_preconditioner(
+    moment: InputMoment, strength: float, axis: int, device: torch.device | None = None
+) -> Preconditioner:
     """Make the preconditioner of a matrix from the second moment C of its input.
 
     P = (I + strength C / mean(e))^-1 with e the eigenvalues of C. So P has C's eigenvectors, and the
@@ -42,6 +44,7 @@ def make_preconditioner(moment: InputMoment, strength: float, axis: int) -> Prec
         moment: The second moment.
         strength: How much is kept off directions in use; 0 gives the identity.
         axis: The axis of the matrix along which its input runs.
+        device: Where the matrix is; the CPU if None.
 
     Returns:
         The preconditioner.
@@ -54,14 +57,17 @@ def make_preconditioner(moment: InputMoment, strength: float, axis: int) -> Prec
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(whole))
     kept = (inverse * second).sum()
     return Preconditioner(
-        matrix=inverse.float(),
+        matrix=inverse.float().to(device),
         axis=axis,
         gain=(second.diagonal().sum() / kept).item() if kept > 0 else 1.0,
     )
 
 
 def make_preconditioners(
-    moments: Mapping[str, InputMoment], axes: Mapping[str, int], strength: float
+    moments: Mapping[str, InputMoment],
+    axes: Mapping[str, int],
+    strength: float,
+    device: torch.device | None = None,
 ) -> dict[str, Preconditioner]:
     """Make the preconditioners of several matrices; those that receive the same share one.
 
@@ -69,6 +75,7 @@ def make_preconditioners(
         moments: The second moment of each matrix's input, by parameter.
         axes: The axis of each along which its input runs.
         strength: As for `make_preconditioner`.
+        device: Where the matrices are; the CPU if None.
 
     Returns:
         The preconditioners, by parameter.
@@ -77,5 +84,5 @@ def make_preconditioners(
     for name, moment in moments.items():
         key = (id(moment), axes[name])
         if key not in made:
-            made[key] = make_preconditioner(moment, strength, axes[name])
+            made[key] = make_preconditioner(moment, strength, axes[name], device)
     return {name: made[id(moment), axes[name]] for name, moment in moments.items()}
