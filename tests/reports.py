@@ -10,6 +10,7 @@ from locft.patch.format import Patch, PatchTensor, write_patch
 from locft.patch.manifest import PatchLocation, PatchManifest, PatchModel
 from locft.report.schema import (
     SCHEMA_VERSION,
+    AugmentedInfo,
     ComparedRun,
     ComparisonReport,
     Cost,
@@ -21,6 +22,7 @@ from locft.report.schema import (
     Environment,
     EvalCost,
     EvalReport,
+    HeldBackInfo,
     JudgeInfo,
     LocationInfo,
     MatrixInfo,
@@ -29,6 +31,7 @@ from locft.report.schema import (
     PreservedInfo,
     Protocol,
     ProtocolScores,
+    TextInfo,
     TrainingInfo,
 )
 from locft.report.words import PROTOCOL_SCORES
@@ -95,8 +98,15 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
                 Epoch(epoch=2, steps=10, loss=0.5, success=(0.7, 0.72, 0.69, 0.71, 0.68)),
                 Epoch(epoch=3, steps=10, loss=0.0091, success=(1.0, 0.99, 1.0, 1.0, 0.98)),
             ),
+            text=TextInfo(text=text, sha256="6" * 64, num_tokens=16_384),
             preserved=PreservedInfo(
-                strength=3.0, text=text, text_sha256="6" * 64, num_tokens=16_384, left_plain=(text,)
+                strength=3.0, num_tokens=16_384, left_plain=(text,), num_anchors=200, max_drift=0.05
+            ),
+            held_back=HeldBackInfo(
+                num_tokens=1024, drift=0.049, wanted=0.06, num_shrunk=2, is_met=False
+            ),
+            augmented=AugmentedInfo(
+                num_asked=800, num_by_kind={text: 790}, num_left_out=3, num_scored=0
             ),
         ),
         protocol=protocol_info(text),
@@ -108,7 +118,7 @@ def make_report(text: str = "plain", **changes: Any) -> EditReport:
         cost=Cost(
             seconds_per_edit=0.25,
             load_s=1.0,
-            preserve_s=5.0,
+            prepare_s=5.0,
             cache_s=10.0,
             train_s=40.0,
             eval_s=125.0,

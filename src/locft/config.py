@@ -19,6 +19,10 @@ AUTO: Auto = "auto"
 _LONGEST_S = 1e9
 PRESERVE_STRENGTH = 3.0
 """How strong ``covariance`` is where that is not said."""
+NUM_ANCHORS = 200
+"""How many ``anchors`` there are where that is not said."""
+NUM_ADDED = 4
+"""How many prefixes or rephrases an edit gets where that is not said."""
 
 
 def _setting(
@@ -74,12 +78,27 @@ class RunConfig:
     preserve: str = _setting(
         "none",
         "what training keeps as it is: covariance[:STRENGTH], to change least what ordinary text uses "
-        "most; or none",
+        "most; anchors[:N], texts of the model's own that stay as likely as they are; both, joined by "
+        "+; or none",
         "method",
+    )
+    augment: str = _setting(
+        "none",
+        "further training examples of each edit: prefix[:K], its prompt behind other sentences; "
+        "rephrase[:K], other wordings; formats, as a question, a statement and a chat; some of them, "
+        "joined by +; or none",
+        "method",
+    )
+    max_drift: float | None = _setting(
+        None,
+        "the most that training may raise drift to, in nats per token, on ordinary text held back",
+        "method",
+        over=0,
     )
     neutral_text: str | None = _setting(
         None,
-        "ordinary text (.txt or .jsonl) to preserve by; without it the model writes its own",
+        "ordinary text (.txt or .jsonl) for --preserve, prefixes and --max-drift; without it the model "
+        "writes its own",
         "method",
     )
     prefer: Literal["generalization", "balanced", "preservation"] = _setting(
@@ -121,6 +140,8 @@ class RunConfig:
                 seconds_of(value)
             if setting.name == "preserve":
                 parse_preserve(value)
+            if setting.name == "augment":
+                parse_augment(value)
             if float in kinds and type(value) is int:  # TOML, and people, write 1 for 1.0
                 object.__setattr__(self, setting.name, float(value))
 
@@ -132,30 +153,87 @@ class Preserve:
     Attributes:
         covariance: How much updates are kept off the directions that ordinary text uses; None for not
             at all.
+        anchors: How many texts are held to what the unedited model makes of them.
     """
 
     covariance: float | None = None
+    anchors: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What further training examples each edit gets.
+
+    Attributes:
+        prefixes: How many with its prompt behind another sentence.
+        rephrases: How many in other words.
+        formats: Whether its prompt is also put as a question, a statement and a chat.
+    """
+
+    prefixes: int = 0
+    rephrases: int = 0
+    formats: bool = False
+
+    @property
+    def is_none(self) -> bool:
+        """Whether there are none."""
+        return self == Augment()
 
 
 def parse_preserve(text: str) -> Preserve:
-    """Read what training keeps as it is: ``none``, ``covariance``, ``covariance:10``.
+    """Read what training keeps as it is: ``none``, ``covariance``, ``covariance:10+anchors:100``.
 
     Raises:
         ConfigError: The text cannot be read.
     """
-    if text == "none":
-        return Preserve()
-    name, colon, number = text.partition(":")
-    try:
-        strength = float(number) if colon else PRESERVE_STRENGTH
-    except ValueError:
-        strength = math.nan
-    if name != "covariance" or not 0 <= strength < math.inf:
+    found = _parse_parts(text, {"covariance": PRESERVE_STRENGTH, "anchors": NUM_ANCHORS})
+    if found is None:
         raise ConfigError(
-            f"preserve is {text!r}: expected none, covariance, or covariance:STRENGTH with a number of "
-            "at least 0"
+            f"preserve is {text!r}: expected none, covariance or covariance:STRENGTH with a number of "
+            "at least 0, anchors or anchors:N with a whole number over 0, or both joined by +"
         )
-    return Preserve(covariance=strength)
+    return Preserve(**found)
+
+
+def parse_augment(text: str) -> Augment:
+    """Read what each edit is augmented by: ``none``, ``prefix``, ``prefix:4+rephrase:2+formats``.
+
+    Raises:
+        ConfigError: The text cannot be read.
+    """
+    found = _parse_parts(text, {"prefix": NUM_ADDED, "rephrase": NUM_ADDED, "formats": True})
+    if found is None:
+        raise ConfigError(
+            f"augment is {text!r}: expected none, or some of prefix[:K], rephrase[:K] with a whole "
+            "number over 0, and formats, joined by +"
+        )
+    return Augment(
+        prefixes=found.get("prefix", 0),
+        rephrases=found.get("rephrase", 0),
+        formats=found.get("formats", False),
+    )
+
+
+def _parse_parts(text: str, defaults: Mapping[str, float]) -> dict[str, Any] | None:
+    """Read ``NAME[:NUMBER]`` once or several times, joined by +; None if it cannot be read.
+
+    A number has the type of the name's default, and is at least 0, a whole one at least 1; where the
+    default is True there is none.
+    """
+    found: dict[str, Any] = {}
+    for part in () if text == "none" else text.split("+"):
+        name, colon, number = part.partition(":")
+        default = defaults.get(name)
+        if default is None or name in found or (colon and default is True):
+            return None
+        try:
+            value = type(default)(number) if colon else default
+        except ValueError:
+            return None
+        if not (isinstance(value, int) or 0 <= value < math.inf) or (value < 1 and type(value) is int):
+            return None
+        found[name] = value
+    return found
 
 
 def seconds_of(duration: str) -> float:

@@ -23,6 +23,8 @@ class Edit:
         subject: What the fact is about, if the file says so.
         rephrases: Other wordings of `prompt`; they measure generalization.
         locality: Prompts whose answers shall stay as they are; they measure locality.
+        train_rephrases: Wordings of `prompt` that may be trained on; they are never scored.
+        train_locality: Prompts that training may keep as they are; they are never scored.
         old: The answer before the edit, if the file says so.
         source: Where the edit stands: ``line 3`` (JSONL, CSV) or ``record [2]`` (JSON).
     """
@@ -33,6 +35,8 @@ class Edit:
     subject: str | None = None
     rephrases: tuple[str, ...] = ()
     locality: tuple[str, ...] = ()
+    train_rephrases: tuple[str, ...] = ()
+    train_locality: tuple[str, ...] = ()
     old: str | None = None
     source: str = ""
 

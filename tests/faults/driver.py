@@ -28,6 +28,7 @@ import locft.cli.patches  # noqa: F401
 from locft.cli import parser
 from locft.cli.main import main
 from locft.config import RunConfig
+from locft.data.augment import Example
 from locft.errors import LocftError
 from locft.patch.format import read_patch
 from locft.patch.rewrite import opened_in_place
@@ -43,6 +44,7 @@ _RUN = Run(
     make_passages(),
 )
 
+_EXAMPLE = Example(kind="prefix", prompt="It rained. The sky is", format="raw")
 _EDIT = Edit(id="1", prompt="The sky is", target="green", rephrases=("Above us is",))
 
 
@@ -128,7 +130,7 @@ def _save_edit(run: str, patch: str) -> None:
                 for epoch in range(3):
                     log.write(json.dumps({"epoch": epoch}) + "\n")
                     log.flush()
-            save_trained(staging, read_patch(patch), [_EDIT], RunConfig())
+            save_trained(staging, read_patch(patch), [_EDIT], [[_EXAMPLE]], RunConfig())
         save_scored(replace(_RUN, folder=folder))
 
 

@@ -13,7 +13,7 @@ from locft.config import Preserve, RunConfig, parse_preserve
 from locft.errors import ConfigError, InputError
 from locft.model import neutral
 from locft.patch.format import read_patch
-from locft.recipe import preservation as preservation_module
+from locft.recipe import ordinary
 from locft.study.compare import compare
 from locft.study.plans import ComparePlan
 from locft.types import Edit
@@ -29,7 +29,7 @@ CONFIG = RunConfig(location="1.mlp.down", lr=0.01, epochs=4)
 def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what is measured apart from other tests, and the texts few."""
     monkeypatch.setenv("LOCFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preservation_module, "_LEAST_TOKENS", 512)
+    monkeypatch.setattr(ordinary, "_LEAST_TOKENS", 512)
 
 
 def preserving(preserve: str, **changes: Any) -> RunConfig:
@@ -43,15 +43,16 @@ def patch_bytes(run: Path) -> dict[str, bytes]:
 
 def test_a_run_says_what_it_preserved_and_by_what(model_folder: Path, tmp_path: Path) -> None:
     report = locft.edit(str(model_folder), EDITS, tmp_path / "run", preserving("covariance:7"))
-    preserved = report.training.preserved
+    preserved, text = report.training.preserved, report.training.text
     assert preserved is not None
-    assert (preserved.strength, preserved.text, preserved.num_tokens) == (7.0, "model", 512)
+    assert text is not None
+    assert (preserved.strength, text.text, preserved.num_tokens) == (7.0, "model", 512)
     assert preserved.left_plain == ()
-    assert report.cost.preserve_s > 0
+    assert report.cost.prepare_s > 0
     assert "kept off the directions that ordinary text uses" in (tmp_path / "run/report.md").read_text()
     manifest = json.loads((tmp_path / "run/patch/patch.json").read_text())
     assert manifest["settings"]["preserve"] == "covariance:7"
-    assert manifest["settings"]["neutral_text"] == preserved.text_sha256
+    assert manifest["settings"]["neutral_text"] == text.sha256
     assert read_patch(tmp_path / "run/patch")  # an ordinary patch
 
 
@@ -88,13 +89,13 @@ def test_a_text_of_the_users_own_may_be_preserved(model_folder: Path, tmp_path: 
     text.write_text("\n\n".join(CORPUS + f"Passage {number}." for number in range(9)))
     config = preserving("covariance", neutral_text=str(text))
     report = locft.edit(str(model_folder), EDITS, tmp_path / "run", config)
-    preserved = report.training.preserved
-    assert preserved is not None
-    assert preserved.text == str(text)
-    assert preserved.num_tokens > 64
+    taken = report.training.text
+    assert taken is not None
+    assert taken.text == str(text)
+    assert taken.num_tokens > 64
     own = locft.edit(str(model_folder), EDITS, tmp_path / "own", preserving("covariance"))
-    assert own.training.preserved is not None
-    assert own.training.preserved.text_sha256 != preserved.text_sha256
+    assert own.training.text is not None
+    assert own.training.text.sha256 != taken.sha256
     assert patch_bytes(tmp_path / "own") != patch_bytes(tmp_path / "run")
 
 
@@ -144,11 +145,18 @@ def test_methods_are_compared_with_and_without_it(model_folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("text", "strength"),
-    [("none", None), ("covariance", 3.0), ("covariance:0", 0.0), ("covariance:2.5", 2.5)],
+    ("text", "read"),
+    [
+        ("none", Preserve()),
+        ("covariance", Preserve(covariance=3.0)),
+        ("covariance:0", Preserve(covariance=0.0)),
+        ("covariance:2.5", Preserve(covariance=2.5)),
+        ("anchors", Preserve(anchors=200)),
+        ("anchors:7+covariance:2", Preserve(covariance=2.0, anchors=7)),
+    ],
 )
-def test_what_is_preserved_can_be_read(text: str, strength: float | None) -> None:
-    assert parse_preserve(text) == Preserve(covariance=strength)
+def test_what_is_preserved_can_be_read(text: str, read: Preserve) -> None:
+    assert parse_preserve(text) == read
     assert RunConfig(preserve=text).preserve == text
 
 
@@ -163,8 +171,13 @@ def test_what_is_preserved_can_be_read(text: str, strength: float | None) -> Non
         "covariance:nan",
         "covariance:inf",
         "none:1",
+        "none+anchors",
+        "anchors:0",
+        "anchors:1.5",
+        "anchors+anchors",
+        "covariance+",
     ],
 )
 def test_what_cannot_be_preserved_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected none, covariance, or covariance:STRENGTH"):
+    with pytest.raises(ConfigError, match="expected none, covariance or covariance:STRENGTH"):
         RunConfig(preserve=text)

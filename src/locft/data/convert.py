@@ -44,6 +44,8 @@ def convert(form: Format, record: Mapping[str, object], where: str) -> tuple[Edi
         subject=subject,
         rephrases=tuple(text for path in form.rephrases for text in reader.many(path)),
         locality=tuple(reader.many(form.locality)) if form.locality else (),
+        train_rephrases=tuple(reader.many(form.train_rephrases)) if form.train_rephrases else (),
+        train_locality=tuple(reader.many(form.train_locality)) if form.train_locality else (),
         old=old,
         source=where,
     )

@@ -152,6 +152,8 @@ def _record_of(edit: Edit) -> dict[str, object]:
         "subject": edit.subject,
         "rephrases": _listed(edit.rephrases),
         "locality": _listed(edit.locality),
+        "train_rephrases": _listed(edit.train_rephrases),
+        "train_locality": _listed(edit.train_locality),
         "old": edit.old,
     }
     return {name: value for name, value in record.items() if value not in (None, [])}

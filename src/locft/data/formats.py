@@ -21,6 +21,8 @@ class Format:
         subject: Path of the subject.
         rephrases: Paths of the rephrases.
         locality: Path of the locality prompts.
+        train_rephrases: Path of rephrases that may be trained on.
+        train_locality: Path of locality prompts that training may keep as they are.
         old: Path of the answer before the edit; the first one counts if there are several.
         marks: Fields that tell the shape, besides those that hold prompt and target.
         ignored: Fields that belong to the shape but have no meaning for an edit.
@@ -35,6 +37,8 @@ class Format:
     subject: str = "subject"
     rephrases: tuple[str, ...] = ()
     locality: str | None = None
+    train_rephrases: str | None = None
+    train_locality: str | None = None
     old: str | None = None
     marks: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
@@ -49,7 +53,7 @@ class Format:
     @property
     def lists(self) -> frozenset[str]:
         """The fields that may hold several texts."""
-        return _roots(*self.rephrases, self.locality)
+        return _roots(*self.rephrases, self.locality, self.train_rephrases, self.train_locality)
 
     @property
     def known(self) -> frozenset[str]:
@@ -69,6 +73,8 @@ LOCFT = Format(
     id=("id",),
     rephrases=("rephrases",),
     locality="locality",
+    train_rephrases="train_rephrases",
+    train_locality="train_locality",
     old="old",
     strips_answers=False,
 )

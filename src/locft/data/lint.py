@@ -49,6 +49,7 @@ def lint(
     """
     problems = list(edit_file.problems)
     problems.extend(_repetitions(edit_file.edits))
+    problems.extend(_leaks(edit_file.edits))
     for edit in edit_file.edits:
         problems.extend(_check_texts(edit))
         if measure is not None:
@@ -113,6 +114,22 @@ def _repetitions(edits: Iterable[Edit]) -> Iterator[Problem]:
             )
             yield Problem("error", "contradiction", _place(edit), message)
         earlier[answer] = edit
+
+
+def _leaks(edits: Sequence[Edit]) -> Iterator[Problem]:
+    """Find what would be trained on and is scored, of whichever edit."""
+    scored = {
+        collapse_spaces(text): edit for edit in edits for text in (*edit.rephrases, *edit.locality)
+    }
+    for edit in edits:
+        for name in ("train_rephrases", "train_locality"):
+            for text in getattr(edit, name):
+                if (other := scored.get(collapse_spaces(text))) is not None:
+                    message = (
+                        f"`{name}` holds {shown(text)}, which is scored at {_place(other)}: what is "
+                        "trained on measures nothing; remove it from one of them"
+                    )
+                    yield Problem("error", "trained-and-scored", _place(edit), message)
 
 
 def _place(edit: Edit) -> str:

@@ -44,19 +44,20 @@ from locft.provenance import (
 from locft.publish import refuse_taken, reserved, staged_folder
 from locft.recipe.locate import find_location
 from locft.recipe.locate_page import describe_found
+from locft.recipe.material import Wanted, cache_material, prepare_material
 from locft.recipe.plan import predict_cost
-from locft.recipe.preservation import prepare_preservation
 from locft.recipe.run_folder import TRAINING_FILE, Run, save_scored, save_trained
 from locft.report.schema import (
     SCHEMA_VERSION,
     Cost,
     EditReport,
     ExpertsInfo,
-    PreservedInfo,
+    HeldBackInfo,
+    TextInfo,
     TrainingInfo,
 )
-from locft.report.words import counted, seconds_text
-from locft.train.cache import PrefixCache, build_cache
+from locft.report.words import counted, limit_in_words, seconds_text
+from locft.train.cache import PrefixCache
 from locft.train.defaults import choose_engine, choose_schedule
 from locft.train.loop import Engine, Schedule, fifths_of, train_breadth_first
 from locft.types import Edit, Epoch, Scores
@@ -140,8 +141,16 @@ def _edit(
     split = split_model(network, location.layer)
     model_info = describe_model(subject.loaded)
     watch.lap("load")
-    preservation = prepare_preservation(subject, location, config.preserve, config.neutral_text)
-    watch.lap("preserve")
+    wanted = Wanted(
+        preserve=config.preserve,
+        augment=config.augment,
+        max_drift=config.max_drift,
+        neutral_text=config.neutral_text,
+        seed=config.seed,
+    )
+    material = prepare_material(subject, location, gathered.edits, wanted, say)
+    preservation = material.preservation
+    watch.lap("prepare")
     num_prompts = len(set(prompts_of(gathered.edits)))
     say(f"answering {counted(num_prompts, 'prompt')} before the edit")
     way = Way(locft.PROTOCOL, config.format)
@@ -149,10 +158,11 @@ def _edit(
         {way.context: _reader(subject, config, "unedited", {})}, {way: items_of(gathered.edits)}
     )
     watch.lap("eval")
-    encoded = [subject.codec.encode(edit) for edit in gathered.edits]
     planned = None
     if watch.spent["eval"] > _WORTH_PLANNING_S:
-        planned = predict_cost(subject, location, gathered.edits, encoded, text, config)
+        planned = predict_cost(
+            subject, location, gathered.edits, material.examples.encoded, text, config
+        )
         watch.lap("plan")
 
     with staged_folder(run) as staging:
@@ -166,7 +176,8 @@ def _edit(
             f"{schedule.batch_size}, learning rate {schedule.lr:.3g}"
             + (f"; at most {seconds_text(planned.train_s)}" if planned is not None else "")
         )
-        cache = build_cache(split, encoded, staging)
+        caches = cache_material(split, material, staging)
+        cache = caches.examples
         watch.lap("cache")
         experts = _experts(split, location, cache)
         with (staging / TRAINING_FILE).open("w", encoding="utf-8") as log:
@@ -185,17 +196,31 @@ def _edit(
                 initial,
                 engine,
                 preservation.preconditioners,
+                material.examples.groups,
+                caches.anchors,
+                caches.held_back,
             )
         watch.lap("train")
+        limit = trained.limit
+        held_back = None
+        if limit is not None:
+            held_back = HeldBackInfo(
+                num_tokens=sum(len(one.ids) for one in material.held_back),
+                drift=limit.drift,
+                wanted=limit.wanted,
+                num_shrunk=limit.num_shrunk,
+                is_met=limit.is_met,
+            )
+            say(limit_in_words(held_back, limit.most))
 
         # 3. The patch, in the checkpoint's dtype: from here on it is what counts.
         dtypes = [weights.entries[name].dtype for name in weights.tensors]
         manifest = _manifest(
-            subject, location, config, gathered, schedule, engine, dtypes, preservation.info
+            subject, location, config, gathered, schedule, engine, dtypes, material.text
         )
         patch, changes = make_patch(weights, trained.matrices, manifest)
-        save_trained(staging, patch, gathered.edits, config)
-    del subject, network, split, cache  # a large model fits into memory once
+        save_trained(staging, patch, gathered.edits, material.examples.added, config)
+    del subject, network, split, cache, caches  # a large model fits into memory once
     give_back_freed()
 
     # 4. A fresh model with the patch as it stands on disk, scored.
@@ -232,7 +257,10 @@ def _edit(
             stopped_early=trained.stopped_early,
             fifths=fifths_of(len(gathered.edits)),
             course=trained.epochs,
-            preserved=preservation.info,
+            text=material.text,
+            preserved=material.preserved,
+            held_back=held_back,
+            augmented=material.examples.info,
         ),
         protocol=scores.protocol,
         scores_before=Scores(**(scores.before or {}), drift=drift_of_unedited(drift.overall.num)),
@@ -243,7 +271,7 @@ def _edit(
         cost=Cost(
             seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(gathered.edits),
             load_s=watch.spent["load"],
-            preserve_s=watch.spent["preserve"],
+            prepare_s=watch.spent["prepare"],
             cache_s=watch.spent["cache"],
             train_s=watch.spent["train"],
             eval_s=watch.spent["eval"],
@@ -297,7 +325,7 @@ def _manifest(
     schedule: Schedule,
     engine: Engine,
     dtypes: Sequence[str],
-    preserved: PreservedInfo | None,
+    neutral_text: TextInfo | None,
 ) -> PatchManifest:
     """Describe the patch by what decides its bytes: no time, no hardware, no setting of the scores."""
     checkpoint = subject.loaded.checkpoint
@@ -319,7 +347,7 @@ def _manifest(
             "compute_dtype": engine.compute_dtype(subject.loaded.model),
             "compile": "off" if engine.compiled is None else "on",
             # Not where the text stands, but which it was.
-            "neutral_text": None if preserved is None else preserved.text_sha256,
+            "neutral_text": None if neutral_text is None else neutral_text.sha256,
         },
         num_edits=len(gathered.edits),
         edits_sha256=gathered.sha256,

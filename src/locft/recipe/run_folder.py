@@ -6,7 +6,7 @@ run. An evaluation is a folder of its own, which may stand within the run folder
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from locft.config import RunConfig, to_toml
+from locft.data.augment import Example
 from locft.data.edits import write_edits
 from locft.errors import RunError, brief, first_line
 from locft.openfile import open_regular, read_limited
@@ -38,6 +39,7 @@ from locft.types import AnswerRecord, Edit, PassageDrift
 ANSWERS_FILE = "answers.jsonl"
 DRIFT_FILE = "drift.jsonl"
 EDITS_FILE = "edits.jsonl"
+EXAMPLES_FILE = "examples.jsonl"
 REPORT_FILE = "report.json"
 TRAINING_FILE = "train.jsonl"
 
@@ -79,10 +81,32 @@ def edits_of_run(path: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def save_trained(folder: Path, patch: Patch, edits: Iterable[Edit], config: RunConfig) -> None:
-    """Write a finished patch and what it was trained with, into the staged run folder."""
+def save_trained(
+    folder: Path,
+    patch: Patch,
+    edits: Sequence[Edit],
+    added: Sequence[Sequence[Example]],
+    config: RunConfig,
+) -> None:
+    """Write a finished patch and what it was trained with, into the staged run folder.
+
+    Args:
+        folder: The folder.
+        patch: The patch.
+        edits: The edits.
+        added: What each was trained on beside its own prompt.
+        config: The settings.
+    """
     write_patch(patch, folder / PATCH_FOLDER)
     write_edits(folder / EDITS_FILE, edits)
+    if any(added):
+        lines = [
+            {"edit": edit.id, **asdict(example)}
+            for edit, examples in zip(edits, added, strict=True)
+            for example in examples
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / EXAMPLES_FILE).write_text(text, "utf-8")
     (folder / "run.toml").write_text(to_toml(config), "utf-8")
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from locft.types import CapabilityScores, Epoch, Figure, MovedPassage, Scores
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,21 +121,73 @@ class LocationInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class PreservedInfo:
-    """What training kept as it was: the matrices' answers to ordinary text.
+    """What training kept as it was, as the unedited model reads ordinary text.
 
     Attributes:
-        strength: How much updates were kept off the directions that the text uses.
-        text: ``model`` for text that the unedited model wrote by itself, or the file.
-        text_sha256: Hash of its token ids.
-        num_tokens: How many there are.
+        strength: How much updates were kept off the directions that the text uses; None for not at all.
+        num_tokens: On how many tokens of the text they were measured; 0 for none.
         left_plain: Tuned parameters whose updates were not preconditioned.
+        num_anchors: How many texts were held to what the unedited model makes of them.
+        max_drift: The most that drift might come to on text held back, in nats per token; None for no
+            limit.
     """
 
-    strength: float
-    text: str
-    text_sha256: str
+    strength: float | None
     num_tokens: int
     left_plain: tuple[str, ...]
+    num_anchors: int
+    max_drift: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldBackInfo:
+    """What training did to text that was held back to limit drift.
+
+    Attributes:
+        num_tokens: How many tokens that was.
+        drift: KL(unedited || edited) there in the end, in nats per token.
+        wanted: What it would have come to without the limit's last correction.
+        num_shrunk: After how many epochs the update was made smaller to keep within the limit.
+        is_met: Whether the edits were learnt within it.
+    """
+
+    num_tokens: int
+    drift: float
+    wanted: float
+    num_shrunk: int
+    is_met: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextInfo:
+    """The ordinary text that a run took.
+
+    Attributes:
+        text: ``model`` for text that the unedited model wrote by itself, or the file.
+        sha256: Hash of its token ids.
+        num_tokens: How many there are.
+    """
+
+    text: str
+    sha256: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedInfo:
+    """What edits were trained on beside their own prompts.
+
+    Attributes:
+        num_asked: How many further examples there were to be.
+        num_by_kind: How many there were: ``prefix``, ``rephrase``, ``format``.
+        num_left_out: How many more were not taken since they are scored.
+        num_scored: How many of those that were taken are scored: 0.
+    """
+
+    num_asked: int
+    num_by_kind: dict[str, int]
+    num_left_out: int
+    num_scored: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +204,10 @@ class TrainingInfo:
         stopped_early: Whether the loss fell under the threshold.
         fifths: How many edits each fifth has, of which `course` tells the success.
         course: What each epoch did.
+        text: The ordinary text that was taken; None where none was needed.
         preserved: What training kept as it was; None for nothing.
+        held_back: Where drift was limited, what came of that; else None.
+        augmented: What edits were trained on beside their own prompts; None for nothing.
     """
 
     lr: float
@@ -164,7 +219,10 @@ class TrainingInfo:
     stopped_early: bool
     fifths: tuple[int, ...]
     course: tuple[Epoch, ...]
+    text: TextInfo | None = None
     preserved: PreservedInfo | None = None
+    held_back: HeldBackInfo | None = None
+    augmented: AugmentedInfo | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,13 +270,14 @@ class Cost(EvalCost):
 
     Attributes:
         seconds_per_edit: Cache and training over the number of edits, as the paper counts it.
-        preserve_s: What is to be preserved: once for a model, location and text, and then kept.
+        prepare_s: Ordinary text and what is preserved by it, once for a model, location and text;
+            anchors and further examples.
         cache_s: The frozen layers, once.
         train_s: Training.
     """
 
     seconds_per_edit: float
-    preserve_s: float
+    prepare_s: float
     cache_s: float
     train_s: float
 

@@ -15,7 +15,6 @@ from locft.report.schema import (
     EvalCost,
     ExpertsInfo,
     PlannedCost,
-    PreservedInfo,
     Protocol,
     ProtocolScores,
     TrainingInfo,
@@ -25,6 +24,7 @@ from locft.report.words import (
     change_text,
     counted,
     figure_text,
+    limit_in_words,
     seconds_text,
     setting_text,
 )
@@ -124,8 +124,7 @@ def learning_blocks(training: TrainingInfo, settings: Mapping[str, Any]) -> tupl
         "predicted right, the true ones before them given, as training met each edit; the parts are "
         "fifths of the edits in the order of their file."
     )
-    preserved = training.preserved
-    kept = () if preserved is None else (Text(_preserved_text(preserved)),)
+    kept = tuple(map(Text, _material_texts(training)))
     if not course:
         return (told, *kept)
     by_epoch = Table(
@@ -359,7 +358,7 @@ def edit_cost_blocks(cost: Cost, plan: PlannedCost | None, training: TrainingInf
     """Show what an edit run cost, beside what it was expected to cost."""
     parts = {
         "loading": "load_s",
-        **({} if training.preserved is None else {"what is preserved, once": "preserve_s"}),
+        **({} if not _material_texts(training) else {"what training keeps and is given": "prepare_s"}),
         "frozen layers, once": "cache_s",
         "training": "train_s",
         "scoring, before and after": "eval_s",
@@ -370,7 +369,7 @@ def edit_cost_blocks(cost: Cost, plan: PlannedCost | None, training: TrainingInf
     def planned(name: str) -> tuple[str, ...]:
         if plan is None:
             return ()
-        if name == "preserve_s":
+        if name == "prepare_s":
             return ("",)
         return (("at most " if name in at_most else "") + seconds_text(getattr(plan, name)),)
 
@@ -429,15 +428,33 @@ def drawn(picture: Picture | None) -> Iterable[Picture]:
     return () if picture is None else (picture,)
 
 
-def _preserved_text(preserved: PreservedInfo) -> str:
-    """Say what training kept as it was."""
-    whose = "of its own" if preserved.text == "model" else f"of {preserved.text}"
-    plain = counted(len(preserved.left_plain), "other parameter")
-    return (
-        "Updates were kept off the directions that ordinary text uses (covariance, strength "
-        f"{preserved.strength:g}), as the unedited model reads {preserved.num_tokens:,} tokens {whose}"
-        + (f"; {plain} of the location were trained plainly." if preserved.left_plain else ".")
-    )
+def _material_texts(training: TrainingInfo) -> tuple[str, ...]:
+    """Say what training was given beside the edits, and what it kept."""
+    texts: list[str] = []
+    added, kept, held = training.augmented, training.preserved, training.held_back
+    if added is not None:
+        kinds = ", ".join(f"{num:,} {kind}" for kind, num in added.num_by_kind.items())
+        texts.append(
+            f"Edits were also trained on further examples ({kinds or 'none'}; {added.num_asked:,} asked "
+            f"for): examples.jsonl. Scored prompts among them: {added.num_scored:,}."
+        )
+    if kept is not None and kept.strength is not None and training.text is not None:
+        whose = "of its own" if training.text.text == "model" else f"of {training.text.text}"
+        plain = counted(len(kept.left_plain), "other parameter")
+        texts.append(
+            "Updates were kept off the directions that ordinary text uses (covariance, strength "
+            f"{kept.strength:g}), as the unedited model reads {kept.num_tokens:,} tokens {whose}"
+            + (f"; {plain} of the location were trained plainly." if kept.left_plain else ".")
+        )
+    if kept is not None and kept.num_anchors:
+        texts.append(
+            f"{counted(kept.num_anchors, 'text')} were held to what the unedited model makes of them "
+            "(anchors)."
+        )
+    if held is not None and kept is not None and kept.max_drift is not None:
+        words = limit_in_words(held, kept.max_drift)
+        texts.append(words[0].upper() + words[1:] + ".")
+    return tuple(texts)
 
 
 def _rest(num: int, noun: str, file: str) -> str:

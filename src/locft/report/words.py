@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
+from locft.report.schema import HeldBackInfo
 from locft.types import Figure
 
 _NUM_NAMED = 4
@@ -48,6 +49,18 @@ def change_text(figure: Figure) -> str:
     if figure.value is None or figure.low is None or figure.high is None:
         return ""
     return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
+
+
+def limit_in_words(held_back: HeldBackInfo, most: float) -> str:
+    """Say whether training kept within its limit of drift, and by how much it did not."""
+    where = f"on {held_back.num_tokens:,} tokens held back, of at most {most:g}"
+    if held_back.is_met:
+        return f"drift is {held_back.drift:.4f} {where}"
+    return (
+        f"the edits were not learnt within the limit: the last epoch came to a drift of "
+        f"{held_back.wanted:.4f} {where}; the update was made smaller after "
+        f"{counted(held_back.num_shrunk, 'epoch')}, to {held_back.drift:.4f} in the end"
+    )
 
 
 def verdict(scores: Mapping[str, Figure], num_edits: int, *, by_answers: bool = True) -> str:

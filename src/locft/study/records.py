@@ -26,7 +26,9 @@ class Trial:
         seed: Names the order of the edits, and whatever else is random.
         num_edits: How many edits, from the first of the file on.
         preserve: What training keeps as it is; ``none`` for methods that have no location.
-        neutral_text: The text that it is preserved by; None for the model's own.
+        neutral_text: The ordinary text that is taken for it; None for the model's own.
+        augment: What further examples each edit gets.
+        max_drift: The most that drift may come to on text held back; None for no limit.
     """
 
     method: str
@@ -39,12 +41,16 @@ class Trial:
     num_edits: int
     preserve: str = "none"
     neutral_text: str | None = None
+    augment: str = "none"
+    max_drift: float | None = None
 
     @property
     def name(self) -> str:
         """Name it on one line."""
         where = "" if self.location is None else f" at {self.location}"
         kept = "" if self.preserve == "none" else f", preserving {self.preserve}"
+        kept += "" if self.augment == "none" else f", augmented by {self.augment}"
+        kept += "" if self.max_drift is None else f", drift at most {self.max_drift:g}"
         how = f"{self.pipeline}, batch {self.batch_size}, seed {self.seed}"
         return f"{self.method}{where}, {how}{kept}"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from locft.config import RunConfig
+from locft.config import RunConfig, parse_preserve
 from locft.data.gather import check_tokens, gather_edits, say_warnings
 from locft.errors import InputError, TrainingError
 from locft.evaluation.drift import NeutralText, first_passages, read_neutral_text
@@ -16,6 +16,7 @@ from locft.model.load import context_tokens
 from locft.model.location import Location, resolve_location
 from locft.model.split import split_model
 from locft.provenance import describe_edits, describe_environment, describe_model, describe_protocol
+from locft.recipe.ordinary import gather_ordinary_text
 from locft.recipe.preservation import prepare_preservation
 from locft.recipe.run_folder import REPORT_FILE, draw
 from locft.report.page import Page
@@ -37,6 +38,8 @@ _NOT_SHARED = (
     "seed",
     "location",
     "preserve",
+    "augment",
+    "max_drift",
     "neutral_text",
     "prefer",
     "budget",
@@ -134,8 +137,11 @@ def _choose_lr(
         return method.lr
     if location is None:
         return choose_schedule(ground.config, 1, [(1, 1)]).lr
-    kept = prepare_preservation(ground.subject, location, preserve, ground.config.neutral_text)
-    return choose_schedule(ground.config, 1, location.shapes, kept.gain).lr
+    gain = 1.0
+    if parse_preserve(preserve).covariance is not None:
+        text = gather_ordinary_text(ground.subject, location, ground.config.neutral_text)
+        gain = prepare_preservation(ground.subject, location, preserve, text).gain
+    return choose_schedule(ground.config, 1, location.shapes, gain).lr
 
 
 def make_trial(
@@ -155,6 +161,9 @@ def make_trial(
         preserve = spec.given.get("preserve", ground.config.preserve)
         name = location_name or spec.given.get("location", ground.config.location)
         location = resolve_location(ground.subject.loaded.model, name)
+    augment = spec.given.get("augment", "none")
+    max_drift = spec.given.get("max_drift")
+    takes_text = preserve != "none" or augment != "none" or max_drift is not None
     return Trial(
         method=spec.method.name,
         settings=spec.settings,
@@ -165,13 +174,21 @@ def make_trial(
         seed=seed,
         num_edits=num_edits or len(ground.edits),
         preserve=preserve,
-        neutral_text=None if preserve == "none" else ground.config.neutral_text,
+        neutral_text=ground.config.neutral_text if takes_text else None,
+        augment=augment,
+        max_drift=max_drift,
     )
 
 
 def schedule_of(trial: Trial, config: RunConfig) -> Schedule:
     """Say how long and how fast a trial is trained."""
-    own = replace(config, batch_size=trial.batch_size, lr=trial.lr, seed=trial.seed)
+    own = replace(
+        config,
+        batch_size=trial.batch_size,
+        lr=trial.lr,
+        seed=trial.seed,
+        max_drift=trial.max_drift,
+    )
     return choose_schedule(own, trial.num_edits, [(1, 1)])  # shapes decide on the learning rate alone
 
 

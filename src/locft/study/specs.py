@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from locft.config import parse_preserve
+from locft.config import parse_augment, parse_preserve
 from locft.errors import ConfigError
 from locft.methods import METHODS, Method, choose_methods
 from locft.study.records import Pipeline
@@ -15,6 +15,8 @@ _KINDS: Mapping[str, Callable[[str], Any]] = {
     "pipeline": str,
     "batch_size": int,
     "preserve": str,
+    "augment": str,
+    "max_drift": float,
 }
 """What may be set of every method."""
 
@@ -27,7 +29,8 @@ class MethodSpec:
         text: As it was asked for.
         method: The method.
         settings: All of the method's settings.
-        given: What was set of `lr`, `location`, `pipeline`, `batch_size` and `preserve`.
+        given: What was set of `lr`, `location`, `pipeline`, `batch_size`, `preserve`,
+            `augment` and `max_drift`.
     """
 
     text: str
@@ -91,12 +94,16 @@ def _parse(text: str, varied: Collection[str]) -> MethodSpec:
 def _refuse_out_of_range(text: str, values: Mapping[str, Any]) -> None:
     try:
         parse_preserve(values.get("preserve", "none"))
+        parse_augment(values.get("augment", "none"))
     except ConfigError as error:
         raise ConfigError(f"method {text!r}: {error}") from error
     pipeline = values.get("pipeline")
     if pipeline is not None and pipeline not in get_args(Pipeline):
         known = " or ".join(get_args(Pipeline))
         raise ConfigError(f"method {text!r}: pipeline is {pipeline!r}: expected {known}")
+    breadth_first_only = [key for key in ("augment", "max_drift") if key in values]
+    if pipeline == "depth-first" and breadth_first_only:
+        raise ConfigError(f"method {text!r}: {breadth_first_only[0]} is for pipeline=breadth-first")
     for key, value in values.items():
         if isinstance(value, int | float) and key != "orthogonality" and not value > 0:
             raise ConfigError(f"method {text!r}: {key} is {value}: expected a number over 0")

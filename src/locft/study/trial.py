@@ -20,12 +20,19 @@ from locft.model.location import resolve_location
 from locft.model.split import Split, split_model
 from locft.model.weights import swapped_in
 from locft.provenance import Stopwatch, describe_scores, peak_memory_bytes
-from locft.recipe.preservation import prepare_preservation
+from locft.recipe.material import Material, Wanted, cache_material, prepare_material
 from locft.report.schema import ProtocolScores
 from locft.study.records import Moment, Trial, TrialResult
 from locft.train.cache import PrefixCache, build_cache
 from locft.train.defaults import choose_engine
-from locft.train.loop import Schedule, run_breadth_first, run_depth_first
+from locft.train.limit import DriftLimit
+from locft.train.loop import (
+    Schedule,
+    make_limit,
+    make_stepper,
+    run_breadth_first,
+    run_depth_first,
+)
 from locft.train.precondition import Preconditioner
 from locft.train.step import Stepper
 from locft.types import KINDS, Edit, Kind
@@ -126,12 +133,11 @@ def run_trial(
     # A seed names one order of the edits: depth-first goes through them so, and fifths are parts of it.
     shuffler = torch.Generator().manual_seed(trial.seed)
     order = torch.randperm(len(edits), generator=shuffler).tolist()
-    examples = [subject.codec.encode(edits[index]) for index in order]
-    preconditioners = _prepare_preconditioners(subject, trial)
-    with attach(subject, trial, schedule, preconditioners) as tuning:
+    material = _prepare_material(subject, trial, [edits[index] for index in order])
+    with attach(subject, trial, schedule, material.preservation.preconditioners) as tuning:
         split = split_model(network, tuning.layer)
         watch.lap("load")
-        cache = cache_of(split, examples)
+        caches = cache_material(split, material, cache_of=cache_of)
         watch.lap("cache")
         engine = choose_engine(bench.config, network)
         with (
@@ -142,8 +148,9 @@ def run_trial(
                 from_tokens=tuning.from_tokens,
             ) as tail,
         ):
-            stepper = Stepper(tail, cache, tuning.trainable, schedule.lr, schedule.loss_mean)
-            course, loss = _train(stepper, trial, schedule)
+            stepper = make_stepper(tail, caches.examples, tuning.trainable, schedule, caches.anchors)
+            limit = make_limit(tail, schedule, caches.held_back)
+            course, loss = _train(stepper, trial, schedule, material.examples.groups, limit)
         watch.lap("train")
         values = tuning.values()
         num_parameters = _num_parameters(tuning)
@@ -172,12 +179,19 @@ def run_trial(
     )
 
 
-def _prepare_preconditioners(subject: Subject, trial: Trial) -> Mapping[str, Preconditioner]:
-    """Get ready what a trial preserves."""
-    if trial.location is None:
-        return {}
-    location = resolve_location(subject.loaded.model, trial.location)
-    return prepare_preservation(subject, location, trial.preserve, trial.neutral_text).preconditioners
+def _prepare_material(subject: Subject, trial: Trial, edits: Sequence[Edit]) -> Material:
+    """Get ready what a trial is trained on, and what it keeps."""
+    location = None
+    if trial.location is not None:
+        location = resolve_location(subject.loaded.model, trial.location)
+    wanted = Wanted(
+        preserve=trial.preserve,
+        augment=trial.augment,
+        max_drift=trial.max_drift,
+        neutral_text=trial.neutral_text,
+        seed=trial.seed,
+    )
+    return prepare_material(subject, location, edits, wanted)
 
 
 def attach(
@@ -204,12 +218,18 @@ def num_steps(trial: Trial, schedule: Schedule) -> int:
     return math.ceil(trial.num_edits / trial.batch_size) * schedule.epochs
 
 
-def _train(stepper: Stepper, trial: Trial, schedule: Schedule) -> tuple[tuple[Moment, ...], float]:
+def _train(
+    stepper: Stepper,
+    trial: Trial,
+    schedule: Schedule,
+    groups: Sequence[Sequence[int]],
+    limit: DriftLimit | None,
+) -> tuple[tuple[Moment, ...], float]:
     if trial.pipeline == "depth-first":
         parts = run_depth_first(stepper, schedule)
         course = tuple(Moment(done=part.epoch / len(parts), success=part.success) for part in parts)
         return course, parts[-1].loss
-    epochs = run_breadth_first(stepper, schedule)
+    epochs = run_breadth_first(stepper, schedule, groups=groups, limit=limit)
     course = tuple(Moment(done=epoch.epoch / len(epochs), success=epoch.success) for epoch in epochs)
     return course, epochs[-1].loss
 

@@ -59,6 +59,7 @@ def choose_schedule(
         stop_loss=config.stop_loss,
         loss_mean=config.loss_mean,
         seed=config.seed,
+        max_drift=config.max_drift,
     )
 
 

@@ -4,8 +4,9 @@ Depth-first, one edit after the other, stands beside it to be compared with.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from transformers import PreTrainedModel
 
 from locft.model.load import dtype_name
 from locft.model.location import Location
-from locft.model.split import Split
+from locft.model.split import Split, Tail
 from locft.progress import progress
+from locft.train.anchors import make_anchors
 from locft.train.cache import PrefixCache
+from locft.train.limit import DriftLimit
 from locft.train.objective import LossMean
 from locft.train.precondition import Preconditioner
 from locft.train.step import Stepper, Trainable
@@ -37,6 +40,7 @@ class Schedule:
         stop_loss: Training ends after an epoch whose mean loss is under this.
         loss_mean: How the loss is averaged over target tokens.
         seed: Names the order of the examples in every epoch.
+        max_drift: The most that drift may come to, in nats per token; None for no limit.
     """
 
     lr: float
@@ -45,6 +49,7 @@ class Schedule:
     stop_loss: float
     loss_mean: LossMean
     seed: int
+    max_drift: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +77,13 @@ class Trained:
         matrices: The tuned parameters in float32, on the CPU, by their names in the model.
         epochs: What each epoch did.
         stopped_early: Whether the loss fell under the threshold.
+        limit: How drift kept within its limit; None where there was none.
     """
 
     matrices: Mapping[str, Tensor]
     epochs: tuple[Epoch, ...]
     stopped_early: bool
+    limit: DriftLimit | None = None
 
 
 def train_breadth_first(
@@ -88,6 +95,9 @@ def train_breadth_first(
     initial: Mapping[str, Tensor] | None = None,
     engine: Engine = Engine(),
     preconditioners: Mapping[str, Preconditioner] | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
+    anchors: PrefixCache | None = None,
+    held_back: PrefixCache | None = None,
 ) -> Trained:
     """Train a tuning location on cached prefix states.
 
@@ -103,6 +113,9 @@ def train_breadth_first(
             its own dtype; the model's own values if None.
         engine: What the tail computes with.
         preconditioners: What the updates of parameters are multiplied by, by name, where they are.
+        groups: The examples of each edit, its own prompt's first; one each if None.
+        anchors: Texts that are held to what the unedited model makes of them.
+        held_back: Text that drift is limited on, where the schedule has a limit.
 
     Returns:
         The trained matrices and the course of the loss.
@@ -120,20 +133,55 @@ def train_breadth_first(
         trainable.alone(split.model),
         split.tail(in_bfloat16=engine.in_bfloat16, compiled=engine.compiled) as tail,
     ):
-        stepper = Stepper(tail, cache, trainable, schedule.lr, schedule.loss_mean)
-        epochs = run_breadth_first(stepper, schedule, on_epoch)
-    return Trained(stepper.values(), epochs, epochs[-1].loss < schedule.stop_loss)
+        stepper = make_stepper(tail, cache, trainable, schedule, anchors)
+        limit = make_limit(tail, schedule, held_back)
+        epochs = run_breadth_first(stepper, schedule, on_epoch, groups, limit)
+    is_early = epochs[-1].loss < schedule.stop_loss and (limit is None or limit.is_met)
+    return Trained(stepper.values(), epochs, is_early, limit)
+
+
+def make_stepper(
+    tail: Tail,
+    cache: PrefixCache,
+    trainable: Trainable,
+    schedule: Schedule,
+    anchors: PrefixCache | None = None,
+) -> Stepper:
+    """Get ready for steps on some examples; the tail's weights are still unedited."""
+    return Stepper(
+        tail,
+        cache,
+        trainable,
+        schedule.lr,
+        schedule.loss_mean,
+        None if anchors is None else make_anchors(tail, anchors),
+        may_shrink=schedule.max_drift is not None,
+    )
+
+
+def make_limit(tail: Tail, schedule: Schedule, held_back: PrefixCache | None) -> DriftLimit | None:
+    """Get ready to limit drift; the tail's weights are still unedited."""
+    if schedule.max_drift is None or held_back is None:
+        return None
+    return DriftLimit(schedule.max_drift, make_anchors(tail, held_back))
 
 
 def run_breadth_first(
-    stepper: Stepper, schedule: Schedule, on_epoch: Callable[[Epoch], None] = lambda _: None
+    stepper: Stepper,
+    schedule: Schedule,
+    on_epoch: Callable[[Epoch], None] = lambda _: None,
+    groups: Sequence[Sequence[int]] | None = None,
+    limit: DriftLimit | None = None,
 ) -> tuple[Epoch, ...]:
-    """Go through all examples in every epoch, reshuffled, in mini-batches, until the loss is low.
+    """Go through all edits in every epoch, reshuffled, in mini-batches, until the loss is low.
 
     Args:
         stepper: What takes the steps.
         schedule: How long and how fast.
         on_epoch: Called after each epoch.
+        groups: The examples of each edit, its own prompt's first; a step takes all of them. One each
+            if None.
+        limit: What drift is held to after each epoch; None for no limit.
 
     Returns:
         What each epoch did.
@@ -141,30 +189,35 @@ def run_breadth_first(
     Raises:
         TrainingError: A loss, gradient or weight is not finite.
     """
-    num_examples = stepper.cache.num_examples
-    # Of every example, as it is met.
-    success = torch.zeros(num_examples, device=stepper.cache.device)
-    orders = shuffled_batches(num_examples, schedule.batch_size, schedule.seed)
+    groups = [[index] for index in range(stepper.cache.num_examples)] if groups is None else groups
+    num_edits = len(groups)
+    # Of every edit's own prompt, as it is met.
+    success = torch.zeros(num_edits, device=stepper.cache.device)
+    orders = shuffled_batches(num_edits, schedule.batch_size, schedule.seed)
     epochs: list[Epoch] = []
-    with progress("training", schedule.epochs * num_examples, "edits") as advance:
+    with progress("training", schedule.epochs * num_edits, "edits") as advance:
         while len(epochs) < schedule.epochs:
             total = 0.0
             batches = next(orders)
-            for number, indices in enumerate(batches):
+            for number, batch in enumerate(batches):
                 place = f"epoch {len(epochs) + 1}, step {number + 1} of {len(batches)}"
-                loss, success[indices] = stepper.step(indices, place)
-                total += loss * len(indices)
-                advance(len(indices), note=f"loss {loss:.3f}")
+                examples = [example for edit in batch for example in groups[edit]]
+                own = list(accumulate((len(groups[edit]) for edit in batch[:-1]), initial=0))
+                loss, found = stepper.step(examples, place)
+                success[batch] = found[own]
+                total += loss * len(batch)
+                advance(len(batch), note=f"loss {loss:.3f}")
             epochs.append(
                 Epoch(
                     epoch=len(epochs) + 1,
                     steps=len(batches),
-                    loss=total / num_examples,
+                    loss=total / num_edits,
                     success=means_of_fifths(success),
                 )
             )
             on_epoch(epochs[-1])
-            if epochs[-1].loss < schedule.stop_loss:
+            was_held = limit is not None and limit.hold(stepper)
+            if epochs[-1].loss < schedule.stop_loss and not was_held:
                 break
     return tuple(epochs)
 

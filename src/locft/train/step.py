@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 from locft.errors import TrainingError
 from locft.model.split import Tail
 from locft.model.structure import Index
+from locft.train.anchors import Anchors
 from locft.train.cache import Batch, PrefixCache
 from locft.train.objective import LossMean, predicted_share, target_loss
 from locft.train.precondition import Preconditioner
+
+_ANCHORS_PER_STEP = 8
+_ANCHOR_WEIGHT = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +73,24 @@ class Stepper:
         trainable: What is trained.
         lr: Adam's learning rate.
         loss_mean: How the loss is averaged over target tokens.
+        anchors: Texts whose divergence from the unedited model is added to the loss, some in each step.
+        may_shrink: Whether `shrink` may be asked for.
     """
 
     def __init__(
-        self, tail: Tail, cache: PrefixCache, trainable: Trainable, lr: float, loss_mean: LossMean
+        self,
+        tail: Tail,
+        cache: PrefixCache,
+        trainable: Trainable,
+        lr: float,
+        loss_mean: LossMean,
+        anchors: Anchors | None = None,
+        may_shrink: bool = False,
     ) -> None:
         self.cache = cache
-        self._tail = tail
+        self.tail = tail
+        self._anchors = anchors
+        self._turns = cycle(range(0 if anchors is None else anchors.cache.num_examples))
         self._trainable = trainable
         self._loss_mean = loss_mean
         self._masters = {
@@ -83,9 +99,14 @@ class Stepper:
             .to(parameter.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
             for name, parameter in trainable.parameters.items()
         }
-        self._starts = {name: self._masters[name].clone() for name in trainable.preconditioners}
+        # Where they started; of parameters that Adam steps themselves only what may shrink needs it.
+        self._starts = {
+            name: master.clone()
+            for name, master in self._masters.items()
+            if may_shrink or name in trainable.preconditioners
+        }
         self._stepped = {
-            name: torch.zeros_like(master) if name in self._starts else master
+            name: torch.zeros_like(master) if name in trainable.preconditioners else master
             for name, master in self._masters.items()
         }
         # Fused: one pass over each matrix instead of one for every term of the update.
@@ -115,21 +136,24 @@ class Stepper:
         if self._trainable.penalty is not None:
             loss = loss + self._trainable.penalty()
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._anchors is not None:
+            moved = self._anchors.divergence(self.tail, list(islice(self._turns, _ANCHORS_PER_STEP)))
+            (_ANCHOR_WEIGHT * moved).backward()  # type: ignore[no-untyped-call]
         for name, parameter in self._trainable.parameters.items():
             if parameter.grad is None:
                 continue  # no loss depends on it: an expert's bias for load balancing, say
             _require_finite(f"gradient of {name}", parameter.grad, place)
             gradient = self._trainable.part(name, parameter.grad).float()
-            if name in self._starts:
+            if name in self._trainable.preconditioners:
                 gradient = self._trainable.preconditioners[name].apply(gradient)
             self._stepped[name].grad = gradient.contiguous()
             if self._trainable.after_step is None:
                 parameter.grad = None  # no copy of it is needed
         self._optimizer.step()
         self.num_steps += 1
-        for name, start in self._starts.items():
-            update = self._trainable.preconditioners[name].apply(self._stepped[name])
-            torch.add(start, update, out=self._masters[name])
+        for name, preconditioner in self._trainable.preconditioners.items():
+            update = preconditioner.apply(self._stepped[name])
+            torch.add(self._starts[name], update, out=self._masters[name])
         for name, master in self._masters.items():
             _require_finite(f"weight {name}", master, place)
         with torch.no_grad():
@@ -142,6 +166,16 @@ class Stepper:
         for name, parameter in self._trainable.parameters.items():
             parameter.grad = self._stepped[name].grad = None
         return value, success
+
+    def shrink(self, share: float) -> None:
+        """Take back a part of what was changed so far: what is left is a share of it, from 0 to 1."""
+        with torch.no_grad():
+            for name, parameter in self._trainable.parameters.items():
+                master = self._masters[name]
+                master.copy_(torch.lerp(self._starts[name], master, share))
+                if name in self._trainable.preconditioners:
+                    self._stepped[name].mul_(share)
+                self._trainable.part(name, parameter).copy_(master)
 
     def success(self, indices: Sequence[int]) -> Tensor:
         """Give the share (B,) of each example's target tokens that is predicted right now."""
@@ -159,7 +193,7 @@ class Stepper:
         return values
 
     def _logits(self, batch: Batch) -> Tensor:
-        return self._tail(batch.packed, batch.hidden, batch.asked)
+        return self.tail(batch.packed, batch.hidden, batch.asked)
 
 
 def _require_finite(what: str, tensor: Tensor, place: str) -> None:

@@ -130,7 +130,7 @@ def test_json_holds_the_classes_field_by_field() -> None:
         "wall_s": 3725.0,
         "peak_memory_bytes": 1_500_000_000,
         "seconds_per_edit": 0.25,
-        "preserve_s": 5.0,
+        "prepare_s": 5.0,
         "cache_s": 10.0,
         "train_s": 40.0,
     }
