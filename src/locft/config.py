@@ -89,6 +89,12 @@ class RunConfig:
         "joined by +; or none",
         "method",
     )
+    rephraser: Literal["model", "endpoint"] = _setting(
+        "model",
+        "who writes other wordings where the edits bring none: the unedited model, or the server that "
+        "LOCFT_REPHRASER_URL and LOCFT_REPHRASER_MODEL name",
+        "method",
+    )
     max_drift: float | None = _setting(
         None,
         "the most that training may raise drift to, in nats per token, on ordinary text held back",

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from conftest import tiny_llama_config
+from fake_server import replies, serving
 
 import locft
 from locft.config import Augment, RunConfig, parse_augment
-from locft.errors import ConfigError, EditsError
+from locft.errors import ConfigError, EditsError, InputError
 from locft.patch.format import read_patch
 from locft.recipe import augmentation, ordinary
 from locft.study.compare import compare
@@ -226,3 +227,72 @@ def test_an_example_longer_than_the_model_takes_is_left_out(
     report = locft.edit(str(model_folder), EDITS, tmp_path / "run", settings)
     assert report.training.augmented is not None
     assert sum(report.training.augmented.num_by_kind.values()) < 8
+
+
+NAMED = tuple(
+    Edit(id=str(number), prompt=f"Where is {name}?", target=target, subject=name)
+    for number, (name, target) in enumerate({"Ada": "Rome", "Bo": "Oslo", "Cleo": "Paris"}.items())
+)
+
+
+def test_a_server_may_write_other_wordings_and_is_asked_once(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reword(task: str) -> str:
+        name = task.rpartition("\n")[2].removeprefix("Where is ").removesuffix("?")
+        return f"1. In what place is {name}?\n2. Is {name} in Rome or Oslo or Paris?\n3. Where's {name}?"
+
+    settings = config(augment="rephrase:2", rephraser="endpoint")
+    with serving(reword) as server:
+        monkeypatch.setenv("LOCFT_REPHRASER_URL", server.url)
+        monkeypatch.setenv("LOCFT_REPHRASER_MODEL", "writer")
+        locft.edit(str(model_folder), NAMED, tmp_path / "run", settings)
+        assert len(server.received) == 3
+        assert [one["prompt"] for one in examples(tmp_path / "run")][:2] == [
+            "In what place is Ada?",
+            "Where's Ada?",
+        ]
+        locft.edit(str(model_folder), NAMED, tmp_path / "again", settings)
+        assert len(server.received) == 3
+
+
+def test_a_server_that_is_not_named_or_refuses_stops_the_run_before_anything_is_written(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(augment="rephrase:2", rephraser="endpoint")
+    monkeypatch.delenv("LOCFT_REPHRASER_URL", raising=False)
+    with pytest.raises(ConfigError, match="LOCFT_REPHRASER_URL and LOCFT_REPHRASER_MODEL"):
+        locft.edit(str(model_folder), NAMED, tmp_path / "run", settings)
+    with serving(lambda _: "", *[replies(401)] * 3) as server:
+        monkeypatch.setenv("LOCFT_REPHRASER_URL", server.url)
+        monkeypatch.setenv("LOCFT_REPHRASER_MODEL", "writer")
+        with pytest.raises(InputError):
+            locft.edit(str(model_folder), NAMED, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wordings_that_are_scored_are_not_trained_on(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = Edit(
+        id="a", prompt="Where is Ada?", target="Rome", subject="Ada", rephrases=("Where's  Ada?",)
+    )
+    with serving(lambda _: "Where's Ada?\nIn what place is Ada?") as server:
+        monkeypatch.setenv("LOCFT_REPHRASER_URL", server.url)
+        monkeypatch.setenv("LOCFT_REPHRASER_MODEL", "writer")
+        settings = config(augment="rephrase:2", rephraser="endpoint")
+        report = locft.edit(str(model_folder), [edit], tmp_path / "run", settings)
+    assert [one["prompt"] for one in examples(tmp_path / "run")] == ["In what place is Ada?"]
+    assert report.training.augmented is not None
+    assert report.training.augmented.num_left_out == 1
+
+
+def test_a_model_that_writes_no_usable_wording_says_so_and_goes_on(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    settings = config(augment="rephrase:1")
+    report = locft.edit(str(model_folder), NAMED, tmp_path / "run", settings, say=said.append)
+    assert report.training.augmented is not None
+    assert report.training.augmented.num_by_kind == {}
+    assert any("3 further examples were asked for, and 0 were found" in line for line in said)

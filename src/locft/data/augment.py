@@ -101,7 +101,8 @@ def with_prefixes(edits: Sequence[Edit], sentences: Sequence[str], seed: int) ->
             place = dice.randrange(len(left))
             left[place], left[-1] = left[-1], left[place]
             sentence = sentences[left.pop()]
-            if not names_fact(sentence, edit):
+            names_subject = _holds(sentence, edit.subject or "")
+            if not names_subject and not names_target(sentence, edit):
                 yield f"{sentence} {edit.prompt}"
 
     return [draw(number, edit) for number, edit in enumerate(edits)]
@@ -119,10 +120,13 @@ def in_frames(edits: Sequence[Edit]) -> list[tuple[str, ...]]:
     return [tuple(frame.format(edit.prompt) for frame in _FRAMES) for edit in edits]
 
 
-def names_fact(text: str, edit: Edit) -> bool:
-    """Tell whether a text names an edit's subject or target."""
-    words = (edit.target, edit.subject or "")
-    return any(word.strip().casefold() in text.casefold() for word in words if word.strip())
+def names_target(text: str, edit: Edit) -> bool:
+    """Tell whether a text gives an edit's target away, in small letters or capitals."""
+    return _holds(text, edit.target)
+
+
+def _holds(text: str, words: str) -> bool:
+    return bool(words.strip()) and words.strip().casefold() in text.casefold()
 
 
 def scored_texts(edits: Iterable[Edit]) -> frozenset[str]:

@@ -22,7 +22,7 @@ from locft.evaluation.answer_cache import AnswerCache, Request
 from locft.progress import Step, progress
 from locft.strictjson import load_json
 
-Prefix = Literal["LOCFT_ENDPOINT", "LOCFT_JUDGE"]
+Prefix = Literal["LOCFT_ENDPOINT", "LOCFT_JUDGE", "LOCFT_REPHRASER"]
 
 _EXAMPLES = {"URL": "http://localhost:8000/v1", "MODEL": "NAME"}
 

@@ -31,7 +31,7 @@ _STAGES = (4, 12, 32)
 # that of the largest in absolute value: it may be another one, and rounding follows it.
 _CLEAR_MARGINS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 
-Stop = Literal["protocol", "line"]
+Stop = Literal["protocol", "line", "text"]
 
 
 def answer_prompts(
@@ -90,7 +90,8 @@ def decode_prompts(
         label: What the progress bar says.
         stop: ``protocol`` ends an answer at the first ".", newline or end of sequence, as scores are
             taken; many a model begins with a newline, and its answer is then empty. ``line`` gives
-            the first line that is not blank, for a person to read.
+            the first line that is not blank, for a person to read. ``text`` ends at the end of sequence
+            alone.
         max_new_tokens: After how many tokens an answer ends at the latest. What it begins with does
             not depend on it.
         guesses: What some prompts may be answered with; they change the time, never an answer. (The
@@ -120,10 +121,13 @@ def decode_prompts(
 def read_answers(codec: Codec, rows: Mapping[str, list[int]], stop: Stop = "protocol") -> dict[str, str]:
     """Read each prompt's answer from its new tokens, cut at the stop, with the spaces around it."""
     texts = codec.tokenizer.batch_decode(list(rows.values()), skip_special_tokens=True) if rows else []
-    return {
-        prompt: cut_answer(text) if stop == "protocol" else text.strip().partition("\n")[0]
-        for prompt, text in zip(rows, texts, strict=True)
-    }
+    return {prompt: _cut(text, stop) for prompt, text in zip(rows, texts, strict=True)}
+
+
+def _cut(text: str, stop: Stop) -> str:
+    if stop == "protocol":
+        return cut_answer(text)
+    return text.strip() if stop == "text" else text.strip().partition("\n")[0]
 
 
 def decoding_stages(max_new_tokens: int) -> tuple[int, ...]:
@@ -278,7 +282,7 @@ class _StopAt(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Stop, device: torch.device) -> None:
         texts = _token_texts(tokenizer)
-        marks = (".", "\n") if stop == "protocol" else ("\n",)
+        marks = {"protocol": (".", "\n"), "line": ("\n",), "text": ()}[stop]
         ends = [any(mark in text for mark in marks) for text in texts]
         # Under the protocol even a blank answer ends; a line must hold something.
         speaks = [stop == "protocol" or bool(text.strip()) for text in texts]

@@ -19,6 +19,7 @@ from locft.data.encode import Encoded, PromptFormat
 from locft.evaluation.subject import Subject
 from locft.model.load import context_tokens
 from locft.recipe.ordinary import OrdinaryText
+from locft.recipe.rephrasing import Rephraser, find_wordings
 from locft.report.schema import AugmentedInfo
 from locft.report.words import counted
 from locft.types import Edit
@@ -49,6 +50,7 @@ def prepare_examples(
     augment: Augment,
     text: OrdinaryText | None,
     seed: int,
+    rephraser: Rephraser = "model",
     say: Callable[[str], None] = lambda _: None,
 ) -> Examples:
     """Encode the edits, and what they are augmented by.
@@ -60,6 +62,7 @@ def prepare_examples(
         text: Ordinary text, which sentences before prompts are taken from; None where none are asked
             for.
         seed: Names what is drawn at random.
+        rephraser: Who writes other wordings where the edits bring none.
         say: Called with a line where there is less than was asked for.
 
     Returns:
@@ -79,7 +82,7 @@ def prepare_examples(
         candidates = with_prefixes(edits, sentences, seed)
         parts.append(take_examples(edits, "prefix", candidates, augment.prefixes, scored, form))
     if augment.rephrases:
-        wordings = [edit.train_rephrases for edit in edits]
+        wordings = find_wordings(subject, edits, augment.rephrases, rephraser)
         parts.append(take_examples(edits, "rephrase", wordings, augment.rephrases, scored, form))
     if augment.formats:
         parts.append(take_examples(edits, "format", in_frames(edits), _NUM_FRAMES, scored, form))

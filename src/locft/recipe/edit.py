@@ -15,6 +15,7 @@ from locft.config import AUTO, RunConfig, seconds_of, settings
 from locft.data.edits import EditFile
 from locft.data.gather import GatheredEdits, check_tokens, gather_edits, say_warnings
 from locft.evaluation.drift import NeutralText, read_neutral_text
+from locft.evaluation.endpoint import endpoint_from_environment
 from locft.evaluation.measure import Way, measure_model, measure_unedited, record_answers
 from locft.evaluation.protocols import locft
 from locft.evaluation.scoring import drift_of_unedited, guesses_for, items_of, prompts_of
@@ -106,6 +107,8 @@ def edit(
     refuse_taken(run)
     if config.location != AUTO:  # its spelling, before anything is loaded
         parse_location(config.location, num_layers=sys.maxsize)
+    if config.rephraser == "endpoint":  # that there is one
+        endpoint_from_environment("LOCFT_REPHRASER")
     text = read_neutral_text(config.drift_text)
     gathered = gather_edits(edits, config.on_conflict)
     with reserved(run):
@@ -146,6 +149,7 @@ def _edit(
         augment=config.augment,
         max_drift=config.max_drift,
         neutral_text=config.neutral_text,
+        rephraser=config.rephraser,
         seed=config.seed,
     )
     material = prepare_material(subject, location, gathered.edits, wanted, say)

@@ -13,6 +13,7 @@ from locft.recipe.anchoring import prepare_anchors
 from locft.recipe.augmentation import Examples, prepare_examples
 from locft.recipe.ordinary import OrdinaryText, gather_ordinary_text
 from locft.recipe.preservation import Preservation, prepare_preservation
+from locft.recipe.rephrasing import Rephraser
 from locft.report.schema import PreservedInfo, TextInfo
 from locft.train.cache import PrefixCache, build_cache
 from locft.types import Edit
@@ -27,6 +28,7 @@ class Wanted:
         augment: What further examples each edit gets.
         max_drift: The most that drift may come to.
         neutral_text: A file of ordinary text; None for the model's own.
+        rephraser: Who writes other wordings.
         seed: Names what is drawn at random.
     """
 
@@ -34,6 +36,7 @@ class Wanted:
     augment: str = "none"
     max_drift: float | None = None
     neutral_text: str | None = None
+    rephraser: Rephraser = "model"
     seed: int = 0
 
     @property
@@ -106,7 +109,15 @@ def prepare_material(
     anchors = prepare_anchors(subject, edits, num_anchors)
     keeps = preservation.preconditioners or num_anchors or wanted.max_drift is not None
     return Material(
-        examples=prepare_examples(subject, edits, parse_augment(wanted.augment), text, wanted.seed, say),
+        examples=prepare_examples(
+            subject,
+            edits,
+            parse_augment(wanted.augment),
+            text,
+            wanted.seed,
+            wanted.rephraser,
+            say,
+        ),
         preservation=preservation,
         anchors=anchors,
         held_back=tuple(Encoded(ids=ids, target_start=1) for ids in held_back),

@@ -21,6 +21,7 @@ from locft.model.split import Split, split_model
 from locft.model.weights import swapped_in
 from locft.provenance import Stopwatch, describe_scores, peak_memory_bytes
 from locft.recipe.material import Material, Wanted, cache_material, prepare_material
+from locft.recipe.rephrasing import Rephraser
 from locft.report.schema import ProtocolScores
 from locft.study.records import Moment, Trial, TrialResult
 from locft.train.cache import PrefixCache, build_cache
@@ -133,7 +134,9 @@ def run_trial(
     # A seed names one order of the edits: depth-first goes through them so, and fifths are parts of it.
     shuffler = torch.Generator().manual_seed(trial.seed)
     order = torch.randperm(len(edits), generator=shuffler).tolist()
-    material = _prepare_material(subject, trial, [edits[index] for index in order])
+    material = _prepare_material(
+        subject, trial, [edits[index] for index in order], bench.config.rephraser
+    )
     with attach(subject, trial, schedule, material.preservation.preconditioners) as tuning:
         split = split_model(network, tuning.layer)
         watch.lap("load")
@@ -179,7 +182,9 @@ def run_trial(
     )
 
 
-def _prepare_material(subject: Subject, trial: Trial, edits: Sequence[Edit]) -> Material:
+def _prepare_material(
+    subject: Subject, trial: Trial, edits: Sequence[Edit], rephraser: Rephraser
+) -> Material:
     """Get ready what a trial is trained on, and what it keeps."""
     location = None
     if trial.location is not None:
@@ -189,6 +194,7 @@ def _prepare_material(subject: Subject, trial: Trial, edits: Sequence[Edit]) -> 
         augment=trial.augment,
         max_drift=trial.max_drift,
         neutral_text=trial.neutral_text,
+        rephraser=rephraser,
         seed=trial.seed,
     )
     return prepare_material(subject, location, edits, wanted)

@@ -39,6 +39,7 @@ OTHER_VALUES: dict[str, Any] = {
     "seed": 11,
     "preserve": "covariance:7+anchors:9",
     "augment": "prefix:2+formats",
+    "rephraser": "endpoint",
     "max_drift": 0.25,
     "neutral_text": "another file.txt",
     "prefer": "preservation",
