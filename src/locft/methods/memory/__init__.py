@@ -1,0 +1,1 @@
+"""What editors share that treat a matrix as a memory, which gives a value for each key."""
