@@ -95,6 +95,22 @@ class Codec:
         start = next((i for i, (_, end) in enumerate(spans) if end > len(before)), len(ids))
         return Encoded(ids=ids, target_start=start)
 
+    def last_token_within(self, prompt: str, text: str, end: int) -> int:
+        """Find the token that holds the last character of a prompt's first `end` ones.
+
+        Args:
+            prompt: The prompt.
+            text: What follows it, as for `encode_pair`; nothing if it is empty.
+            end: How many characters of the prompt; one at least.
+
+        Returns:
+            The token's index in what `encode_pair` gives.
+        """
+        before = self._prompt_text(prompt)
+        last = before.index(prompt) + end
+        spans = self._tokenize(join(before, text) if text else before)["offset_mapping"]
+        return max(i for i, (start, stop) in enumerate(spans) if start < last and stop > start)
+
     def measure(self, edit: Edit) -> Measured:
         """Count an edit's tokens for the linter."""
         prompt = self.prompt_ids(edit.prompt)

@@ -1,19 +1,46 @@
-"""The methods that edit a model by training, each one small file; `METHODS` names them all."""
+"""The methods that edit a model, each one small file; `METHODS` names them all."""
 
 from collections.abc import Sequence
 
 from locft.errors import ConfigError
-from locft.methods import adalora, ft_m, full, lora
-from locft.methods.base import Method, Plan, Tuning
+from locft.methods import (
+    adalora,
+    alphaedit,
+    ft_l,
+    ft_m,
+    full,
+    lora,
+    memit,
+    rect,
+    rome,
+    roselora,
+    ultraedit,
+)
+from locft.methods.base import Editor, Method, Plan, Tuning
 
-__all__ = ["METHODS", "Method", "Plan", "Tuning", "choose_methods"]
+__all__ = ["METHODS", "AnyMethod", "Editor", "Method", "Plan", "Tuning", "choose_methods"]
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (ft_m.METHOD, lora.METHOD, adalora.METHOD, full.METHOD)
+AnyMethod = Method | Editor
+
+METHODS: dict[str, AnyMethod] = {
+    method.name: method
+    for method in (
+        ft_m.METHOD,
+        lora.METHOD,
+        adalora.METHOD,
+        full.METHOD,
+        ft_l.METHOD,
+        roselora.METHOD,
+        rome.METHOD,
+        memit.METHOD,
+        rect.METHOD,
+        alphaedit.METHOD,
+        ultraedit.METHOD,
+    )
 }
 
 
-def choose_methods(names: Sequence[str]) -> tuple[Method, ...]:
+def choose_methods(names: Sequence[str]) -> tuple[AnyMethod, ...]:
     """Find methods by their names.
 
     Raises:

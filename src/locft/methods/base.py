@@ -1,6 +1,6 @@
 """What a method is: how it makes a model trainable, and what the model's parameters come to."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from locft.data.encode import Codec
 from locft.model.structure import Index
 from locft.train.precondition import Preconditioner
 from locft.train.step import Trainable
+from locft.types import Edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class Plan:
         seed: Names what is drawn at random.
         settings: All settings of the method, by name.
         preconditioners: What the updates of the location's parameters are multiplied by, by name.
+        steps_per_epoch: How many steps go through all examples once.
     """
 
     location: str
@@ -31,6 +34,7 @@ class Plan:
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     preconditioners: Mapping[str, Preconditioner] = field(default_factory=dict)
+    steps_per_epoch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,44 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EditorPlan:
+    """What an editor is told before it begins.
+
+    Attributes:
+        codec: How prompts become token ids.
+        lr: Adam's learning rate, for editors that look for target vectors.
+        seed: Names what is drawn at random.
+        settings: All settings of the method, by name.
+        sequences: Token ids of ordinary text, for editors that need statistics of it.
+        model_sha256: Fingerprint of the unedited model.
+    """
+
+    codec: Codec
+    lr: float
+    seed: int
+    settings: Mapping[str, Any]
+    sequences: Sequence[Sequence[int]]
+    model_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing:
+    """A model made ready by an editor for one batch of edits after the other.
+
+    Attributes:
+        insert: Changes the model, so that it knows a batch of edits, too.
+        values: Gives what that has made of the model's own parameters, by their names, as copies.
+        num_parameters: How many numbers may change.
+        notes: What else decides the result, to be recorded.
+    """
+
+    insert: Callable[[Sequence[Edit]], None]
+    values: Callable[[], dict[str, Tensor]]
+    num_parameters: int
+    notes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A way of editing by training.
 
@@ -61,6 +103,7 @@ class Method:
         lr: Adam's learning rate; ``auto`` follows the size of the tuned weights.
         settings: Its other settings and their defaults.
         uses_location: Whether it trains a tuning location, rather than parts of all layers.
+        at_once: Whether all target tokens are predicted from the prompt's last token, each for itself.
     """
 
     name: str
@@ -69,6 +112,32 @@ class Method:
     lr: float | Literal["auto"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     uses_location: bool = False
+    at_once: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editor:
+    """A way of editing by inserting one batch of edits after the other, in closed form.
+
+    Attributes:
+        name: What it is chosen by.
+        title: What it is, in a few words.
+        open: Makes a model ready for batches of edits while the body runs, and leaves it as it was.
+        lr: Adam's learning rate, where it looks for target vectors.
+        settings: Its other settings and their defaults.
+        batch_size: Edits at a time.
+        needs_subject: Whether edits must name their subject.
+        needs_text: Whether it needs statistics of ordinary text.
+    """
+
+    name: str
+    title: str
+    open: Callable[[PreTrainedModel, EditorPlan], AbstractContextManager[Editing]]
+    lr: float
+    settings: Mapping[str, Any]
+    batch_size: int = 100
+    needs_subject: bool = True
+    needs_text: bool = True
 
 
 @contextmanager
@@ -80,6 +149,7 @@ def tune_in_place(
     parts: Mapping[str, Index] | None = None,
     preconditioners: Mapping[str, Preconditioner] | None = None,
     from_tokens: bool = False,
+    after_step: Callable[[int], None] | None = None,
 ) -> Iterator[Tuning]:
     """Train parameters of a model themselves while the body runs, and give them their values back."""
     parameters = {name: model.get_parameter(name) for name in names}
@@ -87,7 +157,10 @@ def tune_in_place(
     try:
         yield Tuning(
             trainable=Trainable(
-                parameters=parameters, parts=parts or {}, preconditioners=preconditioners or {}
+                parameters=parameters,
+                parts=parts or {},
+                preconditioners=preconditioners or {},
+                after_step=after_step,
             ),
             layer=layer,
             from_tokens=from_tokens,

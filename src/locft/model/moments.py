@@ -58,11 +58,11 @@ def input_axis(model: PreTrainedModel, name: str) -> int | None:
 def measure_moments(
     split: Split, names: Sequence[str], sequences: Iterable[Sequence[int]]
 ) -> dict[str, InputMoment]:
-    """Measure the second moment of what enters some matrices of the split's layer.
+    """Measure the second moment of what enters some matrices of the split's layer and those below.
 
     Args:
         split: The model, unedited, split at the layer.
-        names: The parameters; those of one layer's linear maps count, others are left out. Matrices that
+        names: The parameters; those of linear maps count, others are left out. Matrices that
             receive the same share one.
         sequences: Token ids.
 

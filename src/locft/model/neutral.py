@@ -6,7 +6,7 @@ of the model, the text, and the matrices. So what is found there was made of jus
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from locft.model.demo import cache_folder
 from locft.model.moments import InputMoment, measure_moments
 from locft.model.sampling import sample_sequences
-from locft.model.split import Split
+from locft.model.split import split_model
 from locft.publish import write_file
 
 _VERSION = 1  # of what is kept
@@ -62,67 +62,95 @@ def written_texts(
         "length": length,
         "seed": seed,
     }
-
-    def make() -> dict[str, Tensor]:
-        return {"ids": torch.tensor(sample_sequences(model, starts, length, seed))}
-
-    return [tuple(row) for row in _kept("texts", decides, make)["ids"].tolist()]
+    path = _path("texts", decides)
+    found = _read(path)
+    if found is None:
+        found = {"ids": torch.tensor(sample_sequences(model, starts, length, seed))}
+        _keep(path, found)
+    return [tuple(row) for row in found["ids"].tolist()]
 
 
 def known_moments(
-    split: Split, model_sha256: str, names: Sequence[str], sequences: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    model_sha256: str,
+    groups: Sequence[tuple[int, Sequence[str]]],
+    sequences: Sequence[Sequence[int]],
 ) -> dict[str, InputMoment]:
     """Measure what enters some matrices, as `measure_moments` does, once and for all.
 
     Args:
-        split: The model, unedited, split at their layer.
+        model: The model, unedited.
         model_sha256: Its `fingerprint`.
-        names: The parameters.
+        groups: A layer and names of its parameters, each. A group is kept by itself; those that are not
+            known yet are measured together, in one pass over the text.
         sequences: Token ids.
 
     Returns:
         The moments, by parameter; matrices that receive the same share one.
     """
-    decides = {
-        "model": model_sha256,
-        "names": sorted(names),
-        "text": hashlib.sha256(json.dumps([list(one) for one in sequences]).encode()).hexdigest(),
+    text = hashlib.sha256(json.dumps([list(one) for one in sequences]).encode()).hexdigest()
+    paths = [
+        _path("moments", {"model": model_sha256, "names": sorted(names), "text": text})
+        for _, names in groups
+    ]
+    known = [_read(path) for path in paths]
+    missing = [number for number, found in enumerate(known) if found is None]
+    if missing:
+        split = split_model(model, max(groups[number][0] for number in missing))
+        names = [name for number in missing for name in groups[number][1]]
+        measured = measure_moments(split, names, sequences)
+        for number in missing:
+            own = {name: measured[name] for name in groups[number][1] if name in measured}
+            known[number] = _as_tensors(own)
+            _keep(paths[number], known[number] or {})
+    moments = [_as_moments(found or {}) for found in known]
+    return {
+        name: of_group[name]
+        for (_, names), of_group in zip(groups, moments, strict=True)
+        for name in names
+        if name in of_group
     }
 
-    def make() -> dict[str, Tensor]:
-        found = measure_moments(split, names, sequences)
-        numbers = {id(moment): number for number, moment in enumerate(found.values())}
-        tensors = {f"moment {numbers[id(one)]}": one.matrix for one in found.values()}
-        counts = {f"tokens {numbers[id(one)]}": torch.tensor(one.num_tokens) for one in found.values()}
-        of_names = {f"of {name}": torch.tensor(numbers[id(one)]) for name, one in found.items()}
-        return {**tensors, **counts, **of_names}
 
-    kept = _kept("moments", decides, make)
+def _as_tensors(moments: Mapping[str, InputMoment]) -> dict[str, Tensor]:
+    """Turn moments into tensors by name, those that are shared once."""
+    numbers: dict[int, int] = {}
+    for one in moments.values():
+        numbers.setdefault(id(one), len(numbers))
+    tensors = {f"moment {numbers[id(one)]}": one.matrix for one in moments.values()}
+    counts = {f"tokens {numbers[id(one)]}": torch.tensor(one.num_tokens) for one in moments.values()}
+    of_names = {f"of {name}": torch.tensor(numbers[id(one)]) for name, one in moments.items()}
+    return {**tensors, **counts, **of_names}
+
+
+def _as_moments(tensors: Mapping[str, Tensor]) -> dict[str, InputMoment]:
+    """Turn tensors back into the moments that they were made of."""
     moments = {
         int(key.removeprefix("moment ")): InputMoment(
-            matrix=matrix, num_tokens=int(kept[key.replace("moment", "tokens", 1)])
+            matrix=matrix, num_tokens=int(tensors[key.replace("moment", "tokens", 1)])
         )
-        for key, matrix in kept.items()
+        for key, matrix in tensors.items()
         if key.startswith("moment ")
     }
-    return {name: moments[int(kept[f"of {name}"])] for name in names if f"of {name}" in kept}
+    return {
+        key.removeprefix("of "): moments[int(number)]
+        for key, number in tensors.items()
+        if key.startswith("of ")
+    }
 
 
-def _kept(
-    kind: str, decides: Mapping[str, object], make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Find tensors in the cache by what decides them; make and keep them where they are not there."""
+def _path(kind: str, decides: Mapping[str, object]) -> Path:
+    """Name the file that something is kept in, by what decides it."""
     text = json.dumps({"version": _VERSION, "kind": kind, **decides}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
-    path = cache_folder() / "neutral" / name
-    found = _read(path)
-    if found is not None:
-        return found
-    made = make()
-    with suppress(OSError):  # a cache that cannot be written to only costs time
+    return cache_folder() / "neutral" / name
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Keep tensors, if that is possible: a cache that cannot be written to only costs time."""
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({**made, _DIGEST: _digest(made)}))
-    return made
+        write_file(path, save({**tensors, _DIGEST: _digest(tensors)}))
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

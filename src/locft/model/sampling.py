@@ -12,7 +12,12 @@ _AT_ONCE = 64  # sequences
 
 
 def sample_sequences(
-    model: PreTrainedModel, starts: Sequence[Sequence[int]], length: int, seed: int
+    model: PreTrainedModel,
+    starts: Sequence[Sequence[int]],
+    length: int,
+    seed: int,
+    *,
+    top_k: int = 0,
 ) -> list[tuple[int, ...]]:
     """Let a model go on from some beginnings, token by token at random, as likely as it finds them.
 
@@ -23,6 +28,7 @@ def sample_sequences(
         starts: What texts begin with; token ids, one at least, all equally many.
         length: How many tokens each text comes to.
         seed: Names what is drawn.
+        top_k: Among how many of the likeliest tokens each is drawn; 0 for all.
 
     Returns:
         The texts' token ids, beginnings included. They follow from the seed and the device.
@@ -31,7 +37,7 @@ def sample_sequences(
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
-        top_k=0,
+        top_k=top_k,
         top_p=1.0,
         min_new_tokens=length - num_start,
         max_new_tokens=length - num_start,

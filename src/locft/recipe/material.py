@@ -141,6 +141,8 @@ def cache_material(
     material: Material,
     folder: Path | None = None,
     cache_of: Callable[[Split, Sequence[Encoded]], PrefixCache] | None = None,
+    *,
+    at_once: bool = False,
 ) -> Caches:
     """Run the frozen layers over all of it, once.
 
@@ -149,6 +151,7 @@ def cache_material(
         material: What it is trained on and keeps.
         folder: Where files may lie; the system's folder for temporary files if None.
         cache_of: Gives the cached states of the examples; made here if None.
+        at_once: Whether all target tokens are predicted from the prompt's last token.
 
     Returns:
         The cached states.
@@ -162,7 +165,9 @@ def cache_material(
         return build_cache(split, some, folder) if some else None
 
     return Caches(
-        examples=build_cache(split, examples, folder) if cache_of is None else cache_of(split, examples),
+        examples=build_cache(split, examples, folder, at_once=at_once)
+        if cache_of is None
+        else cache_of(split, examples),
         anchors=cached(material.anchors),
         held_back=cached(material.held_back),
     )

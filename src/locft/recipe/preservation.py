@@ -8,7 +8,6 @@ from locft.errors import ConfigError
 from locft.evaluation.subject import Subject
 from locft.model.location import Location
 from locft.model.neutral import known_moments
-from locft.model.split import split_model
 from locft.recipe.ordinary import OrdinaryText, input_axes
 from locft.train.precondition import Preconditioner, make_preconditioners
 
@@ -62,8 +61,8 @@ def prepare_preservation(
             "experts in a stack, whose inputs cannot be seen apart. Choose mlp.shared.down or attn, or "
             "--preserve none"
         )
-    split = split_model(network, location.layer)
-    moments = known_moments(split, text.model_sha256, tuple(axes), text.sequences)
+    groups = [(location.layer, tuple(axes))]
+    moments = known_moments(network, text.model_sha256, groups, text.sequences)
     return Preservation(
         preconditioners=make_preconditioners(moments, axes, strength, network.device),
         strength=strength,

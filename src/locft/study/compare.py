@@ -16,6 +16,7 @@ from locft.evaluation.capability import (
     plan_tasks,
 )
 from locft.evaluation.scoring import Item, Result
+from locft.methods import AnyMethod, Editor
 from locft.model.weights import swapped_in
 from locft.provenance import describe_edits, describe_environment
 from locft.report.page import Page
@@ -154,7 +155,7 @@ def _prepare(asked: _Asked) -> _Prepared:
             ground,
             spec,
             pipeline=spec.given.get("pipeline", "breadth-first"),
-            batch_size=spec.given.get("batch_size", ground.config.batch_size),
+            batch_size=spec.given.get("batch_size", _batch_size(spec.method, ground.config)),
             seed=seed,
         )
         for seed in asked.plan.seeds
@@ -171,6 +172,10 @@ def _prepare(asked: _Asked) -> _Prepared:
         trials=trials,
         environment=describe_environment(ground.subject.loaded.model.device),
     )
+
+
+def _batch_size(method: AnyMethod, config: RunConfig) -> int:
+    return method.batch_size if isinstance(method, Editor) else config.batch_size
 
 
 def _ask_unedited(asked: _Asked) -> _Unedited:

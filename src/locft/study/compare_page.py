@@ -70,6 +70,12 @@ def name_of(trial: Trial) -> str:
         parts.append(trial.location)
     if trial.pipeline == "depth-first":
         parts.append(trial.pipeline)
+    if trial.preserve != "none":
+        parts.append(f"preserve {trial.preserve}")
+    if trial.augment != "none":
+        parts.append(f"augment {trial.augment}")
+    if trial.max_drift is not None:
+        parts.append(f"max drift {trial.max_drift:g}")
     own = METHODS[trial.method].settings
     parts += [f"{key} {value}" for key, value in trial.settings.items() if value != own.get(key)]
     parts += [f"batch {trial.batch_size}", f"lr {trial.lr:.2g}"]

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from locft.config import RunConfig
+from locft.errors import ConfigError
+from locft.methods import METHODS, Editor
 from locft.report.page import Page
 from locft.study.pipelines_page import describe_pipelines
 from locft.study.plans import PipelinesPlan
@@ -44,6 +46,13 @@ def study_pipelines(
     """
     plan, config = plan or PipelinesPlan(), config or RunConfig()
     specs = parse_specs(plan.methods, varied=("pipeline", "batch_size"))
+    editors = [spec.text for spec in specs if isinstance(spec.method, Editor)]
+    if editors:
+        trained = ", ".join(name for name, one in METHODS.items() if not isinstance(one, Editor))
+        raise ConfigError(
+            f"method {editors[0]!r} inserts batches of edits, neither depth-first nor breadth-first: "
+            f"expected some of {trained}; `locft compare` takes all"
+        )
     ground = prepare("pipelines", model, edits, plan.num_edits, plan.num_passages, config, say)
     ways: tuple[tuple[Pipeline, int], ...] = (
         ("depth-first", 1),

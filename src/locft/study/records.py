@@ -1,14 +1,14 @@
 """What a study keeps: what it is about, and a record of each trial."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from locft.report.schema import EditsInfo, Environment, ModelInfo, Protocol
 from locft.types import CapabilityScores, Figure, Kind
 
 STUDY_VERSION = 1
-Pipeline = Literal["depth-first", "breadth-first"]
+Pipeline = Literal["depth-first", "breadth-first", "sequential"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,8 @@ class Trial:
         settings: The method's own settings.
         location: The tuning location, resolved; None for methods that have none.
         pipeline: ``depth-first`` (each edit until it is learnt, then the next, in a single pass) or
-            ``breadth-first`` (epochs over all edits).
+            ``breadth-first`` (epochs over all edits), by training; ``sequential`` (one batch inserted
+            after the other), by editors.
         batch_size: Edits per step.
         lr: Adam's learning rate.
         seed: Names the order of the edits, and whatever else is random.
@@ -90,6 +91,7 @@ class TrialResult:
         seconds_per_edit: Frozen layers and training, over the number of edits.
         peak_memory_bytes: The most that was in use by then, of the device on CUDA, of the process
             elsewhere.
+        notes: What else decided the result, by the method.
         capability: What the model can do besides, where that was asked for.
         environment: Where it was done; None until it is kept.
     """
@@ -108,6 +110,7 @@ class TrialResult:
     eval_s: float
     seconds_per_edit: float
     peak_memory_bytes: int
+    notes: dict[str, Any] = field(default_factory=dict)
     capability: CapabilityScores | None = None
     environment: Environment | None = None
 

@@ -11,7 +11,8 @@ from locft.errors import InputError, TrainingError
 from locft.evaluation.drift import NeutralText, first_passages, read_neutral_text
 from locft.evaluation.protocols import locft
 from locft.evaluation.subject import Subject, load_subject
-from locft.methods import Method
+from locft.methods import METHODS, AnyMethod, Editor
+from locft.methods.memory.requests import refuse_without_subject
 from locft.model.load import context_tokens
 from locft.model.location import Location, resolve_location
 from locft.model.split import split_model
@@ -25,8 +26,7 @@ from locft.report.words import seconds_text
 from locft.study.records import STUDY_VERSION, Pipeline, StudyReport, Topic, Trial, TrialResult
 from locft.study.specs import MethodSpec
 from locft.study.store import Store, open_store
-from locft.study.trial import Bench, CacheOf, attach, run_trial, set_up
-from locft.train.cache import build_cache
+from locft.study.trial import Bench, CacheOf, attach, open_editor, run_trial, set_up
 from locft.train.defaults import choose_schedule
 from locft.train.loop import Schedule
 from locft.types import Edit
@@ -126,7 +126,7 @@ def prepare(
 
 
 def _choose_lr(
-    ground: Ground, method: Method, location: Location | None, given: float | None, preserve: str
+    ground: Ground, method: AnyMethod, location: Location | None, given: float | None, preserve: str
 ) -> float:
     """Choose a method's learning rate: the one that is given, its own, or the rule for a location."""
     if given is not None:
@@ -157,18 +157,19 @@ def make_trial(
     """Make the trial of a method with its own settings; on all edits, and at the usual location."""
     location: Location | None = None
     preserve = "none"
-    if spec.method.uses_location:
-        preserve = spec.given.get("preserve", ground.config.preserve)
+    is_editor = isinstance(spec.method, Editor)
+    if not isinstance(spec.method, Editor) and spec.method.uses_location:
+        preserve = spec.given.get("preserve", "none")
         name = location_name or spec.given.get("location", ground.config.location)
         location = resolve_location(ground.subject.loaded.model, name)
     augment = spec.given.get("augment", "none")
     max_drift = spec.given.get("max_drift")
-    takes_text = preserve != "none" or augment != "none" or max_drift is not None
+    takes_text = is_editor or preserve != "none" or augment != "none" or max_drift is not None
     return Trial(
         method=spec.method.name,
         settings=spec.settings,
         location=None if location is None else location.name,
-        pipeline=pipeline,
+        pipeline="sequential" if is_editor else pipeline,
         batch_size=1 if pipeline == "depth-first" else batch_size,
         lr=_choose_lr(ground, spec.method, location, spec.given.get("lr"), preserve),
         seed=seed,
@@ -199,7 +200,7 @@ def run_trials(
     describe: Callable[[StudyReport], Page],
     say: Callable[[str], None],
     *,
-    cache_of: CacheOf = build_cache,
+    cache_of: CacheOf | None = None,
     weight: Callable[[Trial], float] = lambda _: 1.0,
 ) -> tuple[StudyReport, Page]:
     """Do those trials that are not done yet, and write the report of all.
@@ -210,7 +211,7 @@ def run_trials(
         output: The study's folder.
         describe: Makes the page of a report.
         say: Called with a line at each step.
-        cache_of: Gives the cached states of a trial's examples.
+        cache_of: Gives the cached states of a trial's examples; they are made for each if None.
         weight: How long a trial takes, beside others; tells the time that is left.
 
     Returns:
@@ -297,9 +298,16 @@ def try_methods(ground: Ground, trials: Sequence[Trial]) -> None:
 
     Raises:
         ModelError: A method cannot edit it.
+        EditsError: A method needs subjects, which edits lack.
         MissingExtraError: A method needs what is not installed.
     """
     for trial in {trial.method: trial for trial in trials}.values():
+        method = METHODS[trial.method]
+        if isinstance(method, Editor):
+            if method.needs_subject:
+                refuse_without_subject(ground.edits[: trial.num_edits])
+            with open_editor(ground.subject, trial, method):
+                continue
         with attach(ground.subject, trial, schedule_of(trial, ground.config)) as tuning:
             split_model(ground.subject.loaded.model, tuning.layer)
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from locft.config import parse_augment, parse_preserve
 from locft.errors import ConfigError
-from locft.methods import METHODS, Method, choose_methods
+from locft.methods import METHODS, AnyMethod, Editor, choose_methods
 from locft.study.records import Pipeline
 
+_PIPELINES: tuple[Pipeline, ...] = ("depth-first", "breadth-first")
+# Numbers that may be 0; others may not.
+_MAY_BE_ZERO = ("orthogonality", "box", "decay", "share")
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "lr": float,
     "location": str,
@@ -34,7 +37,7 @@ class MethodSpec:
     """
 
     text: str
-    method: Method
+    method: AnyMethod
     settings: Mapping[str, Any]
     given: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,10 +67,9 @@ def _parse(text: str, varied: Collection[str]) -> MethodSpec:
     kinds: dict[str, Callable[[str], Any]] = {
         key: kind for key, kind in _KINDS.items() if key not in varied
     }
-    if not method.uses_location:
-        for key in ("location", "preserve"):
-            kinds.pop(key, None)
-    kinds |= {key: type(value) for key, value in method.settings.items()}
+    for key in _without(method):
+        kinds.pop(key, None)
+    kinds |= {key: _kind_of(value) for key, value in method.settings.items()}
     values: dict[str, Any] = {}
     for part in rest.split(",") if rest else ():
         key, is_given, value = part.partition("=")
@@ -80,7 +82,7 @@ def _parse(text: str, varied: Collection[str]) -> MethodSpec:
         except ValueError:
             values[key] = None
         if values[key] is None:
-            kind = getattr(kinds[key], "__name__", "")
+            kind = "true|false" if kinds[key] is _truth else getattr(kinds[key], "__name__", "")
             raise ConfigError(f"method {text!r}: {key} is {value!r}: expected {key}={kind.upper()}")
     _refuse_out_of_range(text, values)
     return MethodSpec(
@@ -91,6 +93,23 @@ def _parse(text: str, varied: Collection[str]) -> MethodSpec:
     )
 
 
+def _without(method: AnyMethod) -> tuple[str, ...]:
+    """Name what may not be set of a method."""
+    if isinstance(method, Editor):
+        return ("location", "pipeline", "preserve", "augment", "max_drift")
+    return () if method.uses_location else ("location", "preserve")
+
+
+def _kind_of(value: Any) -> Callable[[str], Any]:
+    return _truth if isinstance(value, bool) else type(value)
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
 def _refuse_out_of_range(text: str, values: Mapping[str, Any]) -> None:
     try:
         parse_preserve(values.get("preserve", "none"))
@@ -98,12 +117,13 @@ def _refuse_out_of_range(text: str, values: Mapping[str, Any]) -> None:
     except ConfigError as error:
         raise ConfigError(f"method {text!r}: {error}") from error
     pipeline = values.get("pipeline")
-    if pipeline is not None and pipeline not in get_args(Pipeline):
-        known = " or ".join(get_args(Pipeline))
+    if pipeline is not None and pipeline not in _PIPELINES:
+        known = " or ".join(_PIPELINES)
         raise ConfigError(f"method {text!r}: pipeline is {pipeline!r}: expected {known}")
     breadth_first_only = [key for key in ("augment", "max_drift") if key in values]
     if pipeline == "depth-first" and breadth_first_only:
         raise ConfigError(f"method {text!r}: {breadth_first_only[0]} is for pipeline=breadth-first")
     for key, value in values.items():
-        if isinstance(value, int | float) and key != "orthogonality" and not value > 0:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not (value > 0 or (value == 0 and key in _MAY_BE_ZERO)):
             raise ConfigError(f"method {text!r}: {key} is {value}: expected a number over 0")

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +16,18 @@ from locft.evaluation.measure import Way, measure_model, measure_unedited, recor
 from locft.evaluation.protocols import locft
 from locft.evaluation.scoring import Item, Result, guesses_for, items_of
 from locft.evaluation.subject import Reader, Subject, drift_of_values
-from locft.methods import METHODS, Plan, Tuning
+from locft.methods import METHODS, Editor, Method, Plan, Tuning
+from locft.methods.base import Editing, EditorPlan
 from locft.model.location import resolve_location
 from locft.model.split import Split, split_model
 from locft.model.weights import swapped_in
 from locft.provenance import Stopwatch, describe_scores, peak_memory_bytes
 from locft.recipe.material import Material, Wanted, cache_material, prepare_material
+from locft.recipe.ordinary import gather_ordinary_text
 from locft.recipe.rephrasing import Rephraser
 from locft.report.schema import ProtocolScores
 from locft.study.records import Moment, Trial, TrialResult
-from locft.train.cache import PrefixCache, build_cache
+from locft.train.cache import PrefixCache
 from locft.train.defaults import choose_engine
 from locft.train.limit import DriftLimit
 from locft.train.loop import (
@@ -108,16 +111,16 @@ def run_trial(
     bench: Bench,
     trial: Trial,
     schedule: Schedule,
-    cache_of: CacheOf = build_cache,
+    cache_of: CacheOf | None = None,
     on_trained: Callable[[Mapping[str, Tensor]], None] = lambda _: None,
 ) -> TrialResult:
-    """Train a model as a trial says, score it, and leave it unedited.
+    """Edit a model as a trial says, score it, and leave it unedited.
 
     Args:
         bench: What trials are done with.
         trial: The trial.
         schedule: How long and how fast.
-        cache_of: Gives the cached states of its examples.
+        cache_of: Gives the cached states of its examples; they are made for it if None.
         on_trained: Called with what training made of the model's parameters, once it is scored.
 
     Returns:
@@ -134,13 +137,76 @@ def run_trial(
     # A seed names one order of the edits: depth-first goes through them so, and fifths are parts of it.
     shuffler = torch.Generator().manual_seed(trial.seed)
     order = torch.randperm(len(edits), generator=shuffler).tolist()
-    material = _prepare_material(
-        subject, trial, [edits[index] for index in order], bench.config.rephraser
+    in_order = [edits[index] for index in order]
+    method = METHODS[trial.method]
+    if isinstance(method, Editor):
+        made = _insert(bench, trial, method, in_order, watch)
+    else:
+        made = _train(bench, trial, schedule, in_order, watch, cache_of)
+    with swapped_in(network, made.values):
+        reader = _reader(subject, bench.config, "edited", edits)
+        items = bench.items_of(len(edits))
+        after = measure_model({bench.way.context: reader}, {bench.way: items})[bench.way]
+    right, scores = bench.score(after)
+    drift = drift_of_values(subject, made.values, bench.text)
+    watch.lap("eval")
+    on_trained(made.values)
+    return TrialResult(
+        trial=trial,
+        before=scores.before or {},
+        scores={**scores.after, "drift": drift.overall},
+        right=right,
+        course=made.course,
+        num_parameters=made.num_parameters,
+        num_steps=made.num_steps,
+        final_loss=made.final_loss,
+        cache_s=watch.spent["cache"],
+        train_s=watch.spent["train"],
+        eval_s=watch.spent["eval"],
+        seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(edits),
+        peak_memory_bytes=peak_memory_bytes(network.device),
+        notes=dict(made.notes),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What a method made of the model.
+
+    Attributes:
+        values: Its parameters that may have changed, by name.
+        num_parameters: How many numbers were to change.
+        num_steps: How many steps were taken, or batches inserted.
+        final_loss: Mean loss when training ended.
+        course: How far the edits were learnt meanwhile.
+        notes: What else decided the result.
+    """
+
+    values: Mapping[str, Tensor]
+    num_parameters: int
+    num_steps: int
+    final_loss: float | None = None
+    course: tuple[Moment, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _train(
+    bench: Bench,
+    trial: Trial,
+    schedule: Schedule,
+    edits: Sequence[Edit],
+    watch: Stopwatch,
+    cache_of: CacheOf | None,
+) -> _Made:
+    """Train the model as a trial says."""
+    subject = bench.subject
+    network = subject.loaded.model
+    material = _prepare_material(subject, trial, edits, bench.config.rephraser)
     with attach(subject, trial, schedule, material.preservation.preconditioners) as tuning:
         split = split_model(network, tuning.layer)
         watch.lap("load")
-        caches = cache_material(split, material, cache_of=cache_of)
+        at_once = training_method(trial).at_once
+        caches = cache_material(split, material, cache_of=cache_of, at_once=at_once)
         watch.lap("cache")
         engine = choose_engine(bench.config, network)
         with (
@@ -153,33 +219,51 @@ def run_trial(
         ):
             stepper = make_stepper(tail, caches.examples, tuning.trainable, schedule, caches.anchors)
             limit = make_limit(tail, schedule, caches.held_back)
-            course, loss = _train(stepper, trial, schedule, material.examples.groups, limit)
+            course, loss = _run_pipeline(stepper, trial, schedule, material.examples.groups, limit)
         watch.lap("train")
-        values = tuning.values()
-        num_parameters = _num_parameters(tuning)
-    with swapped_in(network, values):
-        reader = _reader(subject, bench.config, "edited", edits)
-        items = bench.items_of(len(edits))
-        after = measure_model({bench.way.context: reader}, {bench.way: items})[bench.way]
-    right, scores = bench.score(after)
-    drift = drift_of_values(subject, values, bench.text)
-    watch.lap("eval")
-    on_trained(values)
-    return TrialResult(
-        trial=trial,
-        before=scores.before or {},
-        scores={**scores.after, "drift": drift.overall},
-        right=right,
-        course=course,
-        num_parameters=num_parameters,
-        num_steps=stepper.num_steps,
-        final_loss=loss,
-        cache_s=watch.spent["cache"],
-        train_s=watch.spent["train"],
-        eval_s=watch.spent["eval"],
-        seconds_per_edit=(watch.spent["cache"] + watch.spent["train"]) / len(edits),
-        peak_memory_bytes=peak_memory_bytes(network.device),
+        return _Made(
+            values=tuning.values(),
+            num_parameters=_num_parameters(tuning),
+            num_steps=stepper.num_steps,
+            final_loss=loss,
+            course=course,
+        )
+
+
+def _insert(
+    bench: Bench, trial: Trial, editor: Editor, edits: Sequence[Edit], watch: Stopwatch
+) -> _Made:
+    """Insert one batch of edits after the other."""
+    subject = bench.subject
+    watch.lap("load")
+    with open_editor(subject, trial, editor) as editing:
+        watch.lap("cache")
+        batches = range(0, len(edits), trial.batch_size)
+        for first in batches:
+            editing.insert(edits[first : first + trial.batch_size])
+        watch.lap("train")
+        return _Made(
+            values=editing.values(),
+            num_parameters=editing.num_parameters,
+            num_steps=len(batches),
+            notes=editing.notes,
+        )
+
+
+def open_editor(subject: Subject, trial: Trial, editor: Editor) -> AbstractContextManager[Editing]:
+    """Make a model ready for an editor's batches while the body runs."""
+    text = None
+    if editor.needs_text:
+        text = gather_ordinary_text(subject, None, trial.neutral_text)
+    plan = EditorPlan(
+        codec=subject.codec,
+        lr=trial.lr,
+        seed=trial.seed,
+        settings=trial.settings,
+        sequences=() if text is None else text.sequences,
+        model_sha256="" if text is None else text.model_sha256,
     )
+    return editor.open(subject.loaded.model, plan)
 
 
 def _prepare_material(
@@ -213,8 +297,16 @@ def attach(
         seed=trial.seed,
         settings=trial.settings,
         preconditioners=preconditioners or {},
+        steps_per_epoch=math.ceil(trial.num_edits / trial.batch_size),
     )
-    return METHODS[trial.method].attach(subject.loaded.model, plan)
+    return training_method(trial).attach(subject.loaded.model, plan)
+
+
+def training_method(trial: Trial) -> Method:
+    """Find the method of a trial that trains."""
+    method = METHODS[trial.method]
+    assert isinstance(method, Method)
+    return method
 
 
 def num_steps(trial: Trial, schedule: Schedule) -> int:
@@ -224,7 +316,7 @@ def num_steps(trial: Trial, schedule: Schedule) -> int:
     return math.ceil(trial.num_edits / trial.batch_size) * schedule.epochs
 
 
-def _train(
+def _run_pipeline(
     stepper: Stepper,
     trial: Trial,
     schedule: Schedule,

@@ -60,6 +60,7 @@ class PrefixCache:
         labels: The target tokens of all examples, one example after the other.
         starts: Where each example's begin in `labels`, and where the last one's end.
         device: Where batches go.
+        at_once: Whether all target tokens are predicted from the prompt's last token.
     """
 
     tree: PrefixTree
@@ -67,6 +68,7 @@ class PrefixCache:
     labels: np.ndarray
     starts: np.ndarray
     device: torch.device
+    at_once: bool = False
 
     @property
     def num_examples(self) -> int:
@@ -84,7 +86,12 @@ class PrefixCache:
         labels = [self.labels[self.starts[index] : self.starts[index + 1]] for index in indices]
         counts = [len(of_example) for of_example in labels]
         # A node predicts the token after it: the last ones of each example predict its targets.
-        asked = [self.tree.nodes_of(i)[-count:] for i, count in zip(indices, counts, strict=True)]
+        asked = [
+            np.repeat(self.tree.nodes_of(i)[-1:], count)
+            if self.at_once
+            else self.tree.nodes_of(i)[-count:]
+            for i, count in zip(indices, counts, strict=True)
+        ]
         return Batch(
             packed=packed.to(self.device),
             hidden=self.hidden[torch.from_numpy(nodes)].to(self.device),
@@ -94,13 +101,20 @@ class PrefixCache:
         )
 
 
-def build_cache(split: Split, examples: Sequence[Encoded], folder: Path | None = None) -> PrefixCache:
+def build_cache(
+    split: Split,
+    examples: Sequence[Encoded],
+    folder: Path | None = None,
+    *,
+    at_once: bool = False,
+) -> PrefixCache:
     """Run the frozen prefix over all examples, once.
 
     Args:
         split: The model, split at the tuned layer.
         examples: What will be trained on.
         folder: Where the file may lie; the system's folder for temporary files if None.
+        at_once: Whether to predict all target tokens from the prompt's last token, each for itself.
 
     Returns:
         The cache, in the order of `examples`.
@@ -108,7 +122,9 @@ def build_cache(split: Split, examples: Sequence[Encoded], folder: Path | None =
     Raises:
         InputError: The disk has no room for it.
     """
-    tree = merge_prefixes([example.ids[:-1] for example in examples])
+    tree = merge_prefixes(
+        [example.ids[: example.target_start if at_once else -1] for example in examples]
+    )
     targets = [example.ids[example.target_start :] for example in examples]
     starts = np.zeros(len(examples) + 1, dtype=np.int64)
     starts[1:] = np.cumsum([len(tokens) for tokens in targets])
@@ -116,7 +132,7 @@ def build_cache(split: Split, examples: Sequence[Encoded], folder: Path | None =
     device = next(split.model.parameters()).device
     hidden = _run_over(tree, folder, lambda packed, _: split.prefix(packed.to(device)))
     page_out(split.model.parameters())  # the frozen layers are done with
-    return PrefixCache(tree, hidden, labels, starts, device)
+    return PrefixCache(tree, hidden, labels, starts, device, at_once)
 
 
 def advance_cache(

@@ -48,8 +48,8 @@ def moments(
     text: tuple[tuple[int, ...], ...] = TEXT,
 ) -> dict[str, InputMoment]:
     found = resolve_location(model, location)
-    split = split_model(model, found.layer)
-    return known_moments(split, fingerprint(model), found.parameters, text)
+    groups = [(found.layer, found.parameters)]
+    return known_moments(model, fingerprint(model), groups, text)
 
 
 def test_moments_from_the_cache_are_those_that_were_measured(count: Spy) -> None:
@@ -131,3 +131,18 @@ def test_texts_are_written_once_for_a_model_and_seed(count: Spy) -> None:
         assert count() == before + 1
     other = make_model(tiny_llama_config(), seed=1)
     assert written_texts(other, fingerprint(other), [(3,), (4,)], 8, 0) != first
+
+
+def test_several_layers_are_measured_in_one_pass_and_kept_apart(count: Spy) -> None:
+    model = make_model(tiny_llama_config())
+    groups = [(layer, (f"model.layers.{layer}.mlp.down_proj.weight",)) for layer in range(3)]
+    both = known_moments(model, fingerprint(model), groups[:2], TEXT)
+    assert count() == 1
+    for layer, names in groups[:2]:
+        assert torch.equal(both[names[0]].matrix, moments(model, f"{layer}.mlp.down")[names[0]].matrix)
+    assert count() == 1  # a location of one of them alone is the same
+    known_moments(model, fingerprint(model), groups, TEXT)
+    assert count() == 2  # only the third was missing
+    expected = measure_moments(split_model(model, 2), groups[2][1], TEXT)
+    found = known_moments(model, fingerprint(model), groups, TEXT)
+    torch.testing.assert_close(found[groups[2][1][0]].matrix, expected[groups[2][1][0]].matrix)

@@ -76,7 +76,8 @@ def unused_directions(moment: Tensor, threshold: float) -> Tensor:
         (K, Q) orthonormal columns; none where no eigenvalue is so small.
     """
     values, vectors = torch.linalg.eigh(moment.double())
-    return vectors[:, values < threshold]
+    found: Tensor = vectors[:, values < threshold]
+    return found
 
 
 def alphaedit_update(

@@ -33,4 +33,5 @@ def factor(matrix: Tensor, what: str, remedy: str) -> Tensor:
             values = torch.linalg.eigvalsh(matrix.double()).abs()
             found += f" (condition number {(values.max() / values.min()).item():.1e})"
         raise TrainingError(f"{what} is {found}, so that the edit is not determined: {remedy}")
-    return lower
+    found_lower: Tensor = lower
+    return found_lower
