@@ -97,7 +97,8 @@ def _table(
 
 def _how() -> Text:
     return Text(
-        "Means over seeds, with 95% intervals: Student's t over the seeds; of a single seed, the "
+        "Means over seeds, with 95% intervals: Student's t over the seeds, cut where no "
+        "value can be; of a single seed, the "
         "interval of its own items. A seed names the order of the edits, and what adapters start from. "
         "Scored after all edits were in. Steps and seconds: the least and the most of the seeds."
     )

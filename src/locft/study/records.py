@@ -30,6 +30,7 @@ class Trial:
         neutral_text: The ordinary text that is taken for it; None for the model's own.
         augment: What further examples each edit gets.
         max_drift: The most that drift may come to on text held back; None for no limit.
+        rephraser: Who writes other wordings.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Trial:
     neutral_text: str | None = None
     augment: str = "none"
     max_drift: float | None = None
+    rephraser: Literal["model", "endpoint"] = "model"
 
     @property
     def name(self) -> str:

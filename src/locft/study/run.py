@@ -40,6 +40,7 @@ _NOT_SHARED = (
     "preserve",
     "augment",
     "max_drift",
+    "rephraser",
     "neutral_text",
     "prefer",
     "budget",
@@ -178,6 +179,7 @@ def make_trial(
         neutral_text=ground.config.neutral_text if takes_text else None,
         augment=augment,
         max_drift=max_drift,
+        rephraser=ground.config.rephraser if augment != "none" else "model",
     )
 
 

@@ -1,5 +1,6 @@
 """What the reports of all studies have in common."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -56,7 +57,11 @@ def closing_sections(report: StudyReport, command: str) -> tuple[Section, ...]:
 def scores_over_seeds(done: Sequence[TrialResult]) -> dict[str, Figure]:
     """Average each score over the seeds; nothing where no trial was done."""
     return {
-        name: mean_over_seeds([result.scores[name] for result in done]) for name in SCORE_NAMES if done
+        name: mean_over_seeds(
+            [result.scores[name] for result in done], most=math.inf if name == "drift" else 1.0
+        )
+        for name in SCORE_NAMES
+        if done
     }
 
 

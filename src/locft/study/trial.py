@@ -24,7 +24,6 @@ from locft.model.weights import swapped_in
 from locft.provenance import Stopwatch, describe_scores, peak_memory_bytes
 from locft.recipe.material import Material, Wanted, cache_material, prepare_material
 from locft.recipe.ordinary import gather_ordinary_text
-from locft.recipe.rephrasing import Rephraser
 from locft.report.schema import ProtocolScores
 from locft.study.records import Moment, Trial, TrialResult
 from locft.train.cache import PrefixCache
@@ -201,7 +200,7 @@ def _train(
     """Train the model as a trial says."""
     subject = bench.subject
     network = subject.loaded.model
-    material = _prepare_material(subject, trial, edits, bench.config.rephraser)
+    material = _prepare_material(subject, trial, edits)
     with attach(subject, trial, schedule, material.preservation.preconditioners) as tuning:
         split = split_model(network, tuning.layer)
         watch.lap("load")
@@ -266,9 +265,7 @@ def open_editor(subject: Subject, trial: Trial, editor: Editor) -> AbstractConte
     return editor.open(subject.loaded.model, plan)
 
 
-def _prepare_material(
-    subject: Subject, trial: Trial, edits: Sequence[Edit], rephraser: Rephraser
-) -> Material:
+def _prepare_material(subject: Subject, trial: Trial, edits: Sequence[Edit]) -> Material:
     """Get ready what a trial is trained on, and what it keeps."""
     location = None
     if trial.location is not None:
@@ -278,7 +275,7 @@ def _prepare_material(
         augment=trial.augment,
         max_drift=trial.max_drift,
         neutral_text=trial.neutral_text,
-        rephraser=rephraser,
+        rephraser=trial.rephraser,
         seed=trial.seed,
     )
     return prepare_material(subject, location, edits, wanted)

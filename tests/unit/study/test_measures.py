@@ -26,7 +26,7 @@ def scores(reliability: float | None, generalization: float, drift: float) -> di
 
 
 def test_seeds_have_student_s_interval() -> None:
-    found = mean_over_seeds([figure(value) for value in (0.9, 0.92, 0.97)])
+    found = mean_over_seeds([figure(value) for value in (0.9, 0.92, 0.97)], most=2.0)
     assert found.num == 3
     assert found.value == pytest.approx(0.93)
     # A standard deviation of 0.036056, 4.3027 of whose standard errors of 0.020817 are 0.08957.
@@ -39,9 +39,9 @@ def test_one_seed_keeps_the_interval_of_its_items() -> None:
     assert mean_over_seeds([own]) == own
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=MOST_SEEDS))
+@given(st.lists(st.floats(100, 101), min_size=2, max_size=MOST_SEEDS))
 def test_the_interval_of_seeds_is_about_their_mean(values: list[float]) -> None:
-    found = mean_over_seeds([figure(value) for value in values])
+    found = mean_over_seeds([figure(value) for value in values], most=math.inf)
     assert found.value is not None
     assert found.low is not None
     assert found.high is not None
@@ -72,3 +72,14 @@ def test_what_was_not_measured_is_worth_less_than_anything(preference: Any) -> N
     assert value_of(scores(None, 0.3, 0.05), preference) == -math.inf
     assert value_of({}, preference) == -math.inf
     assert rule_of(preference).startswith("points of generalization")
+
+
+def test_an_interval_over_seeds_ends_where_no_value_can_be() -> None:
+    found = mean_over_seeds([figure(value) for value in (0.9, 1.0)])
+    assert found.low == pytest.approx(0.3147, abs=1e-3)
+    assert found.high == 1.0
+    found = mean_over_seeds([figure(value) for value in (0.1, 0.9)])
+    assert (found.low, found.high) == (0.0, 1.0)
+    drift = mean_over_seeds([figure(value) for value in (0.9, 1.3)], most=math.inf)
+    assert drift.high is not None
+    assert drift.high > 1.3
