@@ -106,9 +106,13 @@ _COMPARE_EPILOG = """\
 examples:
   locft compare demo facts.jsonl -o compared
   locft compare demo facts.jsonl -o compared --method ft-m --method ft-m:location=10.mlp --method full
+  locft compare demo facts.jsonl -o compared --method ft-m --method memit --method alphaedit:ridge=10
   locft compare demo facts.jsonl -o compared --seeds 0,1,2 --capability lambada --capability-data DIR
 
-Keys of every method: lr, batch_size, pipeline (breadth-first or depth-first), and location for ft-m.
+Methods that train: ft-m, lora, adalora, full, ft-l, roselora. Their keys: lr, batch_size, pipeline
+(breadth-first or depth-first), augment, max_drift; and location and preserve for ft-m and ft-l.
+Editors, which insert batches of edits: rome, memit, rect, alphaedit (edits must name their subject) and
+ultraedit. Their keys: lr and batch_size. An unknown key is told the known ones.
 Each has a process of its own. Trials are kept as they are done: the same command goes on, and one with
 more methods or seeds does what is missing.
 """
