@@ -232,7 +232,7 @@ def test_training_that_fails_is_a_result_too(
 
 def test_bad_words_are_refused_before_anything_is_loaded(model: str, tmp_path: Path) -> None:
     for methods, what in (
-        (("rome",), "unknown method 'rome': expected one or more of ft-m"),
+        (("grace",), "unknown method 'grace': expected one or more of ft-m"),
         (("lora:ranks=3",), "'lora:ranks=3' has no setting 'ranks': expected some of lr, rank"),
         (("lora:rank=high",), "'lora:rank=high': rank is 'high': expected rank=INT"),
         (("lora:rank",), "rank is '': expected rank=INT"),
@@ -388,7 +388,7 @@ def test_the_command_shows_and_keeps_what_it_found(
         (["pipelines", "--seeds", "a"], "expected whole numbers"),
         (["pipelines", "--seeds", ""], "expected whole numbers"),
         (["pipelines", "--batches", "0"], "expected a whole number over 0"),
-        (["pipelines", "--method", "rome"], "unknown method 'rome'"),
+        (["pipelines", "--method", "grace"], "unknown method 'grace'"),
         (["scale", "--sizes", "0"], "expected a whole number over 0"),
         (["locations", "--layers", "3-a"], "expected layers, from 0"),
         (["nothing"], "invalid choice"),

@@ -305,6 +305,7 @@ def test_only_closed_lists_have_choices() -> None:
     assert {name: words for name, words in choices.items() if words is not None} == {
         "format": ("raw", "chat"),
         "loss_mean": ("sample", "token"),
+        "rephraser": ("model", "endpoint"),
         "prefer": ("generalization", "balanced", "preservation"),
         "on_conflict": ("error", "keep-last", "keep-first"),
         "dtype": ("auto", "float32", "bfloat16"),
