@@ -45,7 +45,9 @@ def study_pipelines(
         InputError: The edits, the model or the folder cannot be used.
     """
     plan, config = plan or PipelinesPlan(), config or RunConfig()
-    specs = parse_specs(plan.methods, varied=("pipeline", "batch_size"))
+    # Depth-first goes from example to example, one each: neither of the last two is for it.
+    varied = ("pipeline", "batch_size", "augment", "max_drift")
+    specs = parse_specs(plan.methods, varied=varied)
     editors = [spec.text for spec in specs if isinstance(spec.method, Editor)]
     if editors:
         trained = ", ".join(name for name, one in METHODS.items() if not isinstance(one, Editor))
