@@ -65,6 +65,8 @@ class EditorPlan:
         settings: All settings of the method, by name.
         sequences: Token ids of ordinary text, for editors that need statistics of it.
         model_sha256: Fingerprint of the unedited model.
+        in_bfloat16: Whether a float32 model's products have bfloat16 factors while target vectors are
+            looked for.
     """
 
     codec: Codec
@@ -73,6 +75,7 @@ class EditorPlan:
     settings: Mapping[str, Any]
     sequences: Sequence[Sequence[int]]
     model_sha256: str
+    in_bfloat16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

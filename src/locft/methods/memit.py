@@ -32,6 +32,7 @@ def search_of(plan: EditorPlan) -> Search:
         lr=plan.lr,
         decay=settings["decay"],
         clamp=settings["clamp"],
+        in_bfloat16=plan.in_bfloat16,
     )
 
 

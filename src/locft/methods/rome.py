@@ -42,6 +42,7 @@ def make_insert(model: PreTrainedModel, plan: EditorPlan, site: Site) -> Insert:
         lr=plan.lr,
         decay=settings["decay"],
         clamp=settings["clamp"],
+        in_bfloat16=plan.in_bfloat16,
     )
     splits = Splits(model)
     lower = None

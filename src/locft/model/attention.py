@@ -5,9 +5,10 @@ does not come here; its tail then differs on the probe, and it is run padded ins
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,54 @@ from locft.model.packing import Packed
 
 _NAME = "locft_packed"
 _PACKED: ContextVar[Packed] = ContextVar("packed")
+States = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 # Up to here, on a CPU, plain products take about half the time of the fused kernel, which is made for
 # long sequences; beyond, their (T, T) scores would take memory.
 _SHORT = 64
+
+
+@dataclass(frozen=True)
+class Past:
+    """What sequences begin with, where it stays as it is and need not be run again.
+
+    Attributes:
+        states: Keys (1, K, P, E) and values (1, K, P, F) of P nodes that were run before, of each
+            attention module; from `kept_states`.
+        grid: (B, T) the node at each place of each sequence: one of those P, or P and more for those
+            that are run now; anything at padding.
+    """
+
+    states: States
+    grid: Tensor
+
+
+_PAST: ContextVar[Past | None] = ContextVar("past", default=None)
+_KEPT: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def kept_states() -> Iterator[States]:
+    """Keep the keys and values of packed sequences that are run while the body runs; for one run."""
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    token = _KEPT.set(kept)
+    try:
+        yield kept
+    finally:
+        _KEPT.reset(token)
+
+
+@contextmanager
+def behind(past: Past | None) -> Iterator[None]:
+    """Let packed sequences stand behind what they begin with while the body runs.
+
+    What is run then has a place in the sequence by its position, as ever.
+    """
+    token = _PAST.set(past)
+    try:
+        yield
+    finally:
+        _PAST.reset(token)
 
 
 @contextmanager
@@ -92,17 +137,29 @@ def _attend(
     extras = (attention_mask, softcap, s_aux, position_bias)
     if any(extra is not None for extra in extras) or not getattr(module, "is_causal", True):
         raise NotImplementedError("attention with a mask, a cap, sinks or biases of its own")
-    packed = _PACKED.get()
+    packed, past, kept = _PACKED.get(), _PAST.get(), _KEPT.get()
+    if kept is not None:
+        kept[module] = (key.detach(), value.detach())
+    if past is None:
+        grid, later = packed.grid, _later(torch.arange(packed.grid.shape[1], device=key.device))
+    else:
+        earlier_keys, earlier_values = past.states[module]
+        key = torch.cat([earlier_keys, key], dim=2)
+        value = torch.cat([earlier_values, value], dim=2)
+        grid = past.grid
+        later = _later(packed.positions[packed.grid], grid.shape[1])[:, None]
+    queries = _spread(query, packed.grid)
+    keys, values = (_spread(states, grid) for states in (key, value))
     sequences, longest = packed.grid.shape
-    queries, keys, values = (_spread(states, packed) for states in (query, key, value))
-    if longest <= _SHORT and query.dtype == torch.float32 and query.device.type == "cpu":
-        attended = _attend_short(queries, keys, values, scaling or query.shape[-1] ** -0.5)
+    if grid.shape[1] <= _SHORT and query.dtype == torch.float32 and query.device.type == "cpu":
+        attended = _attend_short(queries, keys, values, later, scaling or query.shape[-1] ** -0.5)
     else:
         attended = nn.functional.scaled_dot_product_attention(
             queries,
             keys,
             values,
-            is_causal=True,
+            attn_mask=None if past is None else ~later,
+            is_causal=past is None,
             scale=scaling,
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
@@ -110,25 +167,50 @@ def _attend(
     return flat.index_select(0, packed.home).unsqueeze(0), None
 
 
-def _spread(states: Tensor, packed: Packed) -> Tensor:
+def _later(positions: Tensor, longest: int | None = None) -> Tensor:
+    """Say which places (..., Q, T) come after positions (..., Q), and so are not seen from there."""
+    length = positions.shape[-1] if longest is None else longest
+    return torch.arange(length, device=positions.device) > positions[..., None]
+
+
+def _spread(states: Tensor, grid: Tensor) -> Tensor:
     """Turn (1, H, N, E) of nodes into (B, H, T, E) of sequences; padding holds what does not matter."""
-    by_node = states[0].transpose(0, 1).index_select(0, packed.grid.flatten())
-    return by_node.view(*packed.grid.shape, *by_node.shape[1:]).transpose(1, 2)
+    by_node = states[0].transpose(0, 1).index_select(0, grid.flatten())
+    return by_node.view(*grid.shape, *by_node.shape[1:]).transpose(1, 2)
 
 
-def _attend_short(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attend by plain products: (B, H, T, E), (B, K, T, E), (B, K, T, F) to (B, H, T, F)."""
-    sequences, heads, longest, _ = queries.shape
+def _attend_short(
+    queries: Tensor, keys: Tensor, values: Tensor, later: Tensor, scaling: float
+) -> Tensor:
+    """Attend by plain products.
+
+    Args:
+        queries: (B, H, Q, E).
+        keys: (B, K, T, E).
+        values: (B, K, T, F).
+        later: (Q, T) or (B, 1, Q, T), which places are not seen.
+        scaling: What scores are multiplied by.
+
+    Returns:
+        (B, H, Q, F).
+    """
+    sequences, heads, num_queries, _ = queries.shape
+    longest = keys.shape[2]
     groups = sequences * keys.shape[1]
     together = heads // keys.shape[1]  # heads that share keys: one product for them all
     scores = torch.bmm(
-        (queries * scaling).reshape(groups, together * longest, -1),
+        (queries * scaling).reshape(groups, together * num_queries, -1),
         keys.reshape(groups, longest, -1).transpose(1, 2),
-    ).view(groups, together, longest, longest)
-    later = torch.full((longest, longest), -torch.inf, dtype=scores.dtype).triu(1)
-    weights = torch.softmax(scores + later, dim=-1).view(groups, together * longest, longest)
-    attended = torch.bmm(weights, values.reshape(groups, longest, -1))
-    return attended.view(sequences, heads, longest, -1)
+    ).view(sequences, heads, num_queries, longest)
+    weights = torch.softmax(scores + _minus_infinity(later, scores.dtype), dim=-1)
+    attended = torch.bmm(
+        weights.view(groups, together * num_queries, longest), values.reshape(groups, longest, -1)
+    )
+    return attended.view(sequences, heads, num_queries, -1)
+
+
+def _minus_infinity(where: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(where.shape, dtype=dtype).masked_fill(where, -torch.inf)
 
 
 AttentionInterface.register(_NAME, _attend)

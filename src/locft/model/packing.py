@@ -114,6 +114,33 @@ def lay_out(sequences: Tensor) -> Packed:
     )
 
 
+def lay_out_ends(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Packed:
+    """Lay the ends of sequences of any length out side by side: one node for each token, none shared.
+
+    Args:
+        sequences: Token ids.
+        starts: Where the end of each begins, an index below its length.
+
+    Returns:
+        The ends; of sequence after sequence, token by token.
+    """
+    ends = [list(sequence[start:]) for sequence, start in zip(sequences, starts, strict=True)]
+    longest = max(map(len, ends))
+    # Read in order, the places that hold a token are the nodes.
+    held = torch.arange(longest) < torch.tensor([len(end) for end in ends])[:, None]
+    home = held.flatten().nonzero()[:, 0]
+    grid = torch.zeros(len(ends) * longest, dtype=torch.int64)
+    grid[home] = torch.arange(len(home))
+    return Packed(
+        ids=torch.tensor([token for end in ends for token in end]),
+        positions=torch.cat(
+            [torch.arange(start, start + len(end)) for start, end in zip(starts, ends, strict=True)]
+        ),
+        grid=grid.view(len(ends), longest),
+        home=home,
+    )
+
+
 def count_shared(first: Sequence[int], second: Sequence[int]) -> int:
     """Count the tokens that two sequences begin with alike."""
     pairs = zip(first, second, strict=False)

@@ -114,7 +114,7 @@ class Split:
             pass
         finally:
             handle.remove()
-        return kept[0][0] if self._is_packed(packed) else kept[0].flatten(0, 1)[packed.home]
+        return kept[0][0] if self.packs(packed) else kept[0].flatten(0, 1)[packed.home]
 
     def run_through(self, packed: Packed) -> None:
         """Run the model up to the split's layer, that layer included, for hooks that listen in it.
@@ -131,11 +131,11 @@ class Split:
 
     def places(self, packed: Packed) -> Tensor:
         """Tell where the nodes (N,) of packed sequences lie among the positions that layers see."""
-        return torch.arange(len(packed.ids)) if self._is_packed(packed) else packed.home.cpu()
+        return torch.arange(len(packed.ids)) if self.packs(packed) else packed.home.cpu()
 
     def _unpacked(self, packed: Packed, hidden: Tensor) -> Tensor:
         """Lay hidden states out as the model's layers take them."""
-        return hidden.unsqueeze(0) if self._is_packed(packed) else hidden[packed.grid]
+        return hidden.unsqueeze(0) if self.packs(packed) else hidden[packed.grid]
 
     def _enter(self, undo: ExitStack, state: dict[str, Tensor]) -> None:
         """Let the split's layer receive `state["hidden"]`, whatever comes from below."""
@@ -175,7 +175,7 @@ class Split:
 
         def run(packed: Packed, hidden: Tensor, asked: Tensor) -> Tensor:
             num_asked = len(asked)
-            is_packed = self._is_packed(packed)
+            is_packed = self.packs(packed)
             if in_bfloat16:
                 packed, hidden = packed.round_up(_NODES_MULTIPLE), round_up(hidden, _NODES_MULTIPLE)
                 asked = round_up(asked, _ASKED_MULTIPLE)
@@ -208,13 +208,14 @@ class Split:
             finally:
                 state.clear()
 
-    def _is_packed(self, packed: Packed) -> bool:
+    def packs(self, packed: Packed) -> bool:
+        """Say whether sequences are run packed, rather than padded."""
         return packed.grid.shape[1] <= self.longest_packed
 
     @contextmanager
     def _laid_out(self, packed: Packed) -> Iterator[dict[str, Tensor]]:
         """Say what the model's forward takes for some sequences; the body runs it."""
-        if self._is_packed(packed):
+        if self.packs(packed):
             with packed_attention(self.configs, packed):
                 yield {"input_ids": packed.ids[None], "position_ids": packed.positions[None]}
         else:

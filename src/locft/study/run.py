@@ -308,7 +308,7 @@ def try_methods(ground: Ground, trials: Sequence[Trial]) -> None:
         if isinstance(method, Editor):
             if method.needs_subject:
                 refuse_without_subject(ground.edits[: trial.num_edits])
-            with open_editor(ground.subject, trial, method):
+            with open_editor(ground.subject, trial, method, ground.config):
                 continue
         with attach(ground.subject, trial, schedule_of(trial, ground.config)) as tuning:
             split_model(ground.subject.loaded.model, tuning.layer)

@@ -235,7 +235,7 @@ def _insert(
     """Insert one batch of edits after the other."""
     subject = bench.subject
     watch.lap("load")
-    with open_editor(subject, trial, editor) as editing:
+    with open_editor(subject, trial, editor, bench.config) as editing:
         watch.lap("cache")
         batches = range(0, len(edits), trial.batch_size)
         for first in batches:
@@ -249,7 +249,9 @@ def _insert(
         )
 
 
-def open_editor(subject: Subject, trial: Trial, editor: Editor) -> AbstractContextManager[Editing]:
+def open_editor(
+    subject: Subject, trial: Trial, editor: Editor, config: RunConfig
+) -> AbstractContextManager[Editing]:
     """Make a model ready for an editor's batches while the body runs."""
     text = None
     if editor.needs_text:
@@ -261,6 +263,7 @@ def open_editor(subject: Subject, trial: Trial, editor: Editor) -> AbstractConte
         settings=trial.settings,
         sequences=() if text is None else text.sequences,
         model_sha256="" if text is None else text.model_sha256,
+        in_bfloat16=choose_engine(config, subject.loaded.model).in_bfloat16,
     )
     return editor.open(subject.loaded.model, plan)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM, MistralConfig, PreTrainedModel
 
 from locft.errors import ModelError
+from locft.model.attention import Past, behind, kept_states
 from locft.model.location import resolve_location
-from locft.model.packing import Packed, merge_prefixes, round_up
+from locft.model.packing import Packed, lay_out_ends, merge_prefixes, round_up
 from locft.model.split import Split, split_model
 from locft.model.structure import find_layers
 
@@ -312,6 +313,37 @@ def test_packed_attention_equals_padded_attention(longest: int, heads: int) -> N
     torch.testing.assert_close(
         split.prefix(packed), unpackable(split).prefix(packed), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("starts", [(4, 0, 8, 0, 7), (12, 4, 8, 0, 10)], ids=["some", "all but one"])
+@pytest.mark.parametrize("longer", [0, 80], ids=["short", "long"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ends_run_behind_what_sequences_begin_with_give_the_logits_of_whole_ones(
+    family: str, longer: int, starts: tuple[int, ...]
+) -> None:
+    model = make_model(family_config(family))
+    sequences = [[11 + i % 90 for i in range(longer)] + sequence for sequence in make_sequences()]
+    starts = tuple(start + longer for start in starts)
+    whole, ends = packed_batch(sequences), lay_out_ends(sequences, starts)
+    split = split_model(model, 1)
+    if not split.packs(whole):
+        pytest.skip(f"{family} is run padded")
+    hidden = split.prefix(whole)
+    last = whole.grid[range(len(sequences)), [len(sequence) - 1 for sequence in sequences]]
+    with split.tail() as tail, torch.no_grad():
+        with kept_states() as states:
+            expected = tail(whole, hidden, last)
+        grid = whole.grid.clone()
+        old = torch.zeros(len(ends.ids), dtype=torch.int64)
+        node = 0
+        for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+            for place in range(start, len(sequence)):
+                old[node], grid[row, place] = grid[row, place], len(whole.ids) + node
+                node += 1
+        closing = grid[range(len(sequences)), [len(one) - 1 for one in sequences]] - len(whole.ids)
+        with behind(Past(states, grid)):
+            found = tail(ends, hidden[old], closing)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_sequences_longer_than_a_layers_window_are_run_padded() -> None:

@@ -7,19 +7,23 @@ optimised at a time, each as if alone, from cached states of the layers below.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from locft.errors import TrainingError
-from locft.methods.memory.requests import Request, pad
-from locft.methods.memory.site import TOKENS_PER_PASS, Site, Splits
-from locft.model.packing import lay_out
-from locft.model.split import Split, Tail
+from locft.methods.memory.requests import Request
+from locft.methods.memory.site import Site, Splits
+from locft.model.attention import Past, States, behind, kept_states
+from locft.model.packing import Packed, lay_out_ends, merge_prefixes
+from locft.model.split import Split
 from locft.progress import progress
 
 _CLOSE_ENOUGH = 0.05  # a loss under which an edit is done
+_TOKENS_PER_PASS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class Search:
         decay: What the length of the added vector costs, beside that of the state.
         clamp: The longest that the added vector may be, beside the state.
         kl: What a change of "SUBJECT is a" costs.
+        in_bfloat16: Whether a float32 model's products have bfloat16 factors meanwhile.
     """
 
     at: Literal["block", "mlp"]
@@ -42,6 +47,7 @@ class Search:
     decay: float
     clamp: float
     kl: float = 0.0625
+    in_bfloat16: bool = False
 
 
 def find_targets(
@@ -49,7 +55,7 @@ def find_targets(
     site: Site,
     requests: Sequence[Request],
     search: Search,
-    per_pass: int = TOKENS_PER_PASS,
+    per_pass: int = _TOKENS_PER_PASS,
 ) -> Tensor:
     """Find what is to be added at each edit's subject.
 
@@ -67,7 +73,7 @@ def find_targets(
         TrainingError: A loss is not finite.
     """
     split = splits.at(site.layer + (search.at == "block"))
-    order = sorted(range(len(requests)), key=lambda index: _width(requests[index]))
+    order = sorted(range(len(requests)), key=lambda index: _num_live(requests[index]))
     found: dict[int, Tensor] = {}
     with progress("looking for target vectors", len(requests), "edits") as step:
         for chunk in _chunks(order, requests, per_pass):
@@ -77,95 +83,135 @@ def find_targets(
     return torch.stack([found[index] for index in range(len(requests))])
 
 
-def _width(request: Request) -> int:
-    return max(len(row.ids) for row in (request.bare, *request.prefixed, request.essence))
+@dataclass(frozen=True)
+class _Line:
+    """A row as it is run: without tokens from which nothing is predicted that counts.
+
+    Attributes:
+        ids: Its tokens.
+        lookup: Index of the subject's last token.
+        labels: What is to be predicted, at its last places; nothing for the essence.
+    """
+
+    ids: tuple[int, ...]
+    lookup: int
+    labels: tuple[int, ...]
+
+
+def _lines_of(request: Request) -> list[_Line]:
+    """Give an edit's rows with the target, then its essence."""
+    with_target = (request.bare, *request.prefixed)
+    lines = [_Line(row.ids[:-1], row.lookup, row.ids[row.target_start :]) for row in with_target]
+    essence = request.essence
+    return [*lines, _Line(essence.ids[: essence.lookup + 1], essence.lookup, ())]
+
+
+def _num_live(request: Request) -> int:
+    """Count an edit's tokens that the vector can reach."""
+    return sum(len(line.ids) - line.lookup for line in _lines_of(request))
 
 
 def _chunks(order: Sequence[int], requests: Sequence[Request], per_pass: int) -> Iterator[list[int]]:
-    """Put edits of like length together."""
     chunk: list[int] = []
-    for index in order:  # the longest last
-        rows = 2 + len(requests[index].prefixed)
-        if chunk and (len(chunk) + 1) * rows * _width(requests[index]) > per_pass:
+    num_tokens = 0
+    for index in order:
+        more = _num_live(requests[index])
+        if chunk and num_tokens + more > per_pass:
             yield chunk
-            chunk = []
+            chunk, num_tokens = [], 0
         chunk.append(index)
+        num_tokens += more
     yield chunk
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """What is run of A edits, R rows each.
+
+    Attributes:
+        packed: The rows, from where they are run on.
+        hidden: (N, ...) the states of their nodes at the split.
+        past: What stands before them, if they are not run whole.
+        lookups: (A R,) the nodes at which subjects end.
+        asked: (M,) the nodes that predict target tokens, then (A,) those at which essences end.
+        labels: (M,) the target tokens.
+        owners: (M,) the edit of each, as a place among the A.
+        shares: (M,) its share in that edit's loss.
+    """
+
+    packed: Packed
+    hidden: Tensor
+    past: Past | None
+    lookups: Tensor
+    asked: Tensor
+    labels: Tensor
+    owners: Tensor
+    shares: Tensor
+
+
 class _Passes:
-    """Passes over the rows of some edits: of each edit its rows with the target, then its essence."""
+    """Passes over the rows of some edits.
+
+    What stands in a row before the subject's last token stays as it is: it is run once, and attention
+    keeps what it makes of it. That is two thirds of the tokens where subjects come late. A family
+    that cannot be packed has its rows run whole.
+    """
 
     def __init__(self, split: Split, requests: Sequence[Request]) -> None:
         self.split = split
         self.num_rows = 2 + len(requests[0].prefixed)
-        rows = [row for one in requests for row in (one.bare, *one.prefixed, one.essence)]
-        # Nothing is predicted from the last token, which is an end of sequence; the essence has none.
-        padded = pad(rows, split.model.device)
-        self.ids, self.lookup = padded.ids, padded.lookup
-        self.targets = [
-            (row.target_start - 1, row.ids[row.target_start :])
-            for one in requests
-            for row in (one.bare, *one.prefixed)
-        ]
-        packed = lay_out(self.ids.cpu()).to(split.model.device)
-        hidden = split.prefix(packed)
-        self.hidden = hidden.view(*self.ids.shape, *hidden.shape[1:])
+        self.lines = [line for one in requests for line in _lines_of(one)]
+        ids = [line.ids for line in self.lines]
+        # No vector is added yet, so what rows begin with alike is one.
+        packed, _ = merge_prefixes(ids).pack(range(len(ids)))
+        self.whole = packed.to(split.model.device)
+        self.hidden = split.prefix(self.whole)
+        self.states: States | None = None
+        if split.packs(self.whole):
+            with torch.no_grad(), split.tail() as tail, kept_states() as self.states:
+                tail(self.whole, self.hidden, self.whole.home.new_zeros(1))
 
-    def logits(self, tail: Tail, active: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run the rows of some of the edits.
-
-        Args:
-            tail: Runs the layers from the split on.
-            active: The edits.
-
-        Returns:
-            (M, V) logits at the target tokens of all rows, (M,) the target tokens, (M,) the share of
-            each in its edit's loss, and (A, V) logits at the essences' subjects.
-        """
-        device = self.ids.device
-        length = self.ids.shape[1]
-        rows = [edit * self.num_rows + row for edit in active for row in range(self.num_rows)]
+    def of(self, active: Sequence[int]) -> _Pass:
+        """Lay the rows of some of the edits out."""
+        device = self.split.model.device
+        numbers = [edit * self.num_rows + row for edit in active for row in range(self.num_rows)]
+        lines = [self.lines[number] for number in numbers]
+        starts = [0 if self.states is None else line.lookup for line in lines]
+        lengths = [len(line.ids) - start for line, start in zip(lines, starts, strict=True)]
+        ends = list(accumulate(lengths))  # of each row's nodes
+        packed = lay_out_ends([line.ids for line in lines], starts).to(device)
+        rows = torch.arange(len(lines)).repeat_interleave(torch.tensor(lengths)).to(device)
+        grid = self.whole.grid[torch.tensor(numbers, device=device)]
+        hidden = self.hidden[grid[rows, packed.positions]]
+        grid[rows, packed.positions] = len(self.whole.ids) + torch.arange(len(rows), device=device)
         asked: list[int] = []
         labels: list[int] = []
+        owners: list[int] = []
         shares: list[float] = []
-        num_templates = self.num_rows - 1
-        for place, edit in enumerate(active):
-            for row in range(num_templates):
-                first, tokens = self.targets[edit * num_templates + row]
-                begin = (place * self.num_rows + row) * length + first
-                asked += range(begin, begin + len(tokens))
-                labels += tokens
-                shares += [1 / (num_templates * len(tokens))] * len(tokens)
-        num_targets = len(asked)
-        last = torch.arange(1, len(active) + 1, device=device) * self.num_rows - 1
-        essences = last * length + self.lookup[rows][last]
-        packed = lay_out(self.ids[rows].cpu()).to(device)
-        logits = tail(
-            packed,
-            self.hidden[rows].flatten(0, 1),
-            torch.cat([torch.tensor(asked, device=device), essences]),
+        for place, (end, line) in enumerate(zip(ends, lines, strict=True)):
+            count = len(line.labels)
+            asked += range(end - count, end)
+            labels += line.labels
+            owners += [place // self.num_rows] * count
+            shares += [1 / (count * (self.num_rows - 1)) for _ in line.labels]
+        lookups = [end - len(line.ids) + line.lookup for end, line in zip(ends, lines, strict=True)]
+        essences = lookups[self.num_rows - 1 :: self.num_rows]
+        return _Pass(
+            packed=packed,
+            hidden=hidden,
+            past=None if self.states is None else Past(self.states, grid),
+            lookups=torch.tensor(lookups, device=device),
+            asked=torch.tensor([*asked, *essences], device=device),
+            labels=torch.tensor(labels, device=device),
+            owners=torch.tensor(owners, device=device),
+            shares=torch.tensor(shares, device=device),
         )
-        return (
-            logits[:num_targets],
-            torch.tensor(labels, device=device),
-            torch.tensor(shares, device=device),
-            logits[num_targets:],
-        )
-
-    def places(self, active: Sequence[int]) -> Tensor:
-        """Give the place (A * rows,) of the subject's last token in each row, among all their tokens."""
-        rows = torch.tensor(
-            [edit * self.num_rows + row for edit in active for row in range(self.num_rows)],
-            device=self.ids.device,
-        )
-        return torch.arange(len(rows), device=rows.device) * self.ids.shape[1] + self.lookup[rows]
 
 
 def _optimise(split: Split, site: Site, requests: Sequence[Request], search: Search) -> Tensor:
     """Find the vectors (N, D) of edits that are run at a time."""
     passes = _Passes(split, requests)
-    num = len(requests)
+    num, device = len(requests), split.model.device
     state: dict[str, Tensor] = {}  # what is to be added where, in this pass; and what was there
 
     def add(states: Tensor) -> Tensor:
@@ -176,31 +222,29 @@ def _optimise(split: Split, site: Site, requests: Sequence[Request], search: Sea
         return added.view_as(states)
 
     active = list(range(num))
-    width = site.matrix.shape[0]
-    vectors = torch.zeros(num, width, device=split.model.device)
+    now = passes.of(active)
+    vectors = torch.zeros(num, site.matrix.shape[0], device=device)
     means, squares = torch.zeros_like(vectors), torch.zeros_like(vectors)
     kept: Tensor | None = None
     with ExitStack() as undo:
-        tail = undo.enter_context(split.tail())
+        tail = undo.enter_context(split.tail(in_bfloat16=search.in_bfloat16))
         undo.callback(_listen(split, site, search.at, add).remove)
         for number in range(search.num_passes):
-            now = vectors[active].requires_grad_()
-            state["places"] = passes.places(active)
-            state["vectors"] = now.repeat_interleave(passes.num_rows, dim=0)
-            logits, labels, shares, essences = passes.logits(tail, active)
-            scores = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-            scores = scores.gather(1, labels[:, None])[:, 0]
-            owners = _owners(passes, active).to(labels.device)
-            likelihood = torch.zeros(len(active), device=labels.device).index_add(
-                0, owners, -scores * shares
-            )
-            after = torch.log_softmax(essences, dim=1, dtype=torch.float32)
+            added = vectors[active].requires_grad_()
+            state["places"] = split.places(now.packed).to(device)[now.lookups]
+            state["vectors"] = added.repeat_interleave(passes.num_rows, dim=0)
+            with behind(now.past):
+                logits = tail(now.packed, now.hidden, now.asked)
+            num_labels = len(now.labels)
+            surprise = cross_entropy(logits[:num_labels].float(), now.labels, reduction="none")
+            likelihood = surprise.new_zeros(len(active)).index_add(0, now.owners, surprise * now.shares)
+            after = torch.log_softmax(logits[num_labels:], dim=1, dtype=torch.float32)
             if kept is None:
                 kept = after.detach()
                 first = state["first"].view(num, passes.num_rows, -1)[:, 0]
                 lengths = first.norm(dim=1)
             divergence = (after.exp() * (after - kept[active])).sum(dim=1)
-            penalty = _norm(now) / lengths[active] ** 2
+            penalty = _norm(added) / lengths[active] ** 2
             losses = likelihood + search.kl * divergence + search.decay * penalty
             if not losses.isfinite().all():
                 raise TrainingError(
@@ -212,8 +256,10 @@ def _optimise(split: Split, site: Site, requests: Sequence[Request], search: Sea
             going = [place for place, loss in enumerate(losses.tolist()) if loss >= _CLOSE_ENOUGH]
             if not going:
                 break
-            [gradient] = torch.autograd.grad(losses.sum(), now)
-            active = [active[place] for place in going]
+            [gradient] = torch.autograd.grad(losses.sum(), added)
+            if len(going) < len(active):
+                active = [active[place] for place in going]
+                now = passes.of(active)
             _step(vectors, means, squares, gradient[going], active, number + 1, search.lr)
             norms = vectors[active].norm(dim=1, keepdim=True)
             most = search.clamp * lengths[active][:, None]
@@ -225,19 +271,6 @@ def _norm(vectors: Tensor) -> Tensor:
     """Give lengths (A,) whose gradient at zero is zero."""
     squares = (vectors**2).sum(dim=1)
     return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
-
-
-def _owners(passes: _Passes, active: Sequence[int]) -> Tensor:
-    """Say which edit each target token belongs to, as a place among the active ones."""
-    templates = passes.num_rows - 1
-    return torch.tensor(
-        [
-            place
-            for place, edit in enumerate(active)
-            for row in range(templates)
-            for _ in passes.targets[edit * templates + row][1]
-        ]
-    )
 
 
 def _step(

@@ -26,6 +26,7 @@ from locft.methods.memory.site import Splits, find_sites, look_up
 from locft.methods.memory.targets import Search, find_targets
 from locft.methods.memory.templates import write_prefixes
 from locft.model.neutral import fingerprint
+from locft.model.split import Split
 from locft.types import Edit
 
 EDITORS = tuple(name for name, one in METHODS.items() if isinstance(one, Editor))
@@ -209,6 +210,27 @@ def test_target_vectors_of_many_edits_are_those_of_each_alone(
         torch.testing.assert_close(together[number], alone, atol=1e-3, rtol=1e-3)
     in_parts = find_targets(Splits(model), site, requests, search, per_pass=1)
     torch.testing.assert_close(together, in_parts, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("at", ["block", "mlp"])
+def test_target_vectors_of_a_family_that_cannot_be_packed_are_the_same(
+    model: PreTrainedModel, codec: Codec, at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [site] = find_sites(model, 1, "mlp.down")
+    search = dataclasses.replace(SEARCH, at=at)
+    found = find_targets(Splits(model), site, requests_of(codec), search)
+    monkeypatch.setattr(Split, "packs", lambda *_: False)
+    padded = find_targets(Splits(model), site, requests_of(codec), search)
+    torch.testing.assert_close(found, padded, atol=1e-3, rtol=1e-3)
+
+
+def test_products_in_bfloat16_hardly_change_target_vectors(model: PreTrainedModel, codec: Codec) -> None:
+    [site] = find_sites(model, 1, "mlp.down")
+    exact = find_targets(Splits(model), site, requests_of(codec), SEARCH)
+    search = dataclasses.replace(SEARCH, in_bfloat16=True)
+    found = find_targets(Splits(model), site, requests_of(codec), search)
+    assert not torch.equal(found, exact)
+    assert ((found - exact).norm(dim=1) < 0.15 * exact.norm(dim=1)).all()
 
 
 def plain_search(model: PreTrainedModel, request: Request, search: Search) -> Tensor:
