@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from locft.errors import TrainingError
 from locft.methods.base import Editing, Editor, EditorPlan
-from locft.methods.memit import LENGTHS, PUBLISHED_LAYERS, SETTINGS, search_of
+from locft.methods.memit import LENGTHS, PUBLISHED_LAYERS, SETTINGS
 from locft.methods.memory.edit import (
     choose_layers,
     choose_sites,
@@ -27,10 +27,11 @@ from locft.methods.memory.edit import (
 from locft.methods.memory.forms import alphaedit_update, unused_directions
 from locft.methods.memory.requests import Request
 from locft.methods.memory.site import Site, Splits
+from locft.methods.memory.targets import search_of
 
 
 def _open(model: PreTrainedModel, plan: EditorPlan) -> AbstractContextManager[Editing]:
-    settings, search = plan.settings, search_of(plan)
+    settings, search = plan.settings, search_of(plan, "block")
     sites = choose_sites(model, choose_layers(model, settings["layers"], PUBLISHED_LAYERS))
     unused = {
         name: unused_directions(moment, settings["threshold"])
@@ -65,6 +66,6 @@ METHOD = Editor(
     name="alphaedit",
     title="batches of edits along unused directions",
     open=_open,
-    lr=0.1,
+    lr=0.2,
     settings={**SETTINGS, "threshold": 0.02, "ridge": 1.0},
 )

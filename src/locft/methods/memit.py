@@ -14,34 +14,27 @@ from locft.methods.memory.edit import Insert, choose_layers, choose_sites, editi
 from locft.methods.memory.forms import memit_update
 from locft.methods.memory.site import Site, Splits
 from locft.methods.memory.solve import factor
-from locft.methods.memory.targets import Search
+from locft.methods.memory.targets import search_of
 
 # Llama-3-8B, as AlphaEdit's repository has it; GPT-J has 3 to 8 of 28, GPT-2 XL 13 to 17 of 48.
 PUBLISHED_LAYERS = ((4, 32), (8, 32))
 LENGTHS = {10: 5}
-SETTINGS = {"layers": "auto", "passes": 25, "decay": 0.5, "clamp": 0.75}
+SETTINGS = {"layers": "auto", "passes": 25, "step": "relative", "decay": 0.5, "clamp": 0.75}
+# lambda is for the inputs of Llama-3-8B's down projection: C^-1 weighs a usual key by their number.
+_PUBLISHED_WIDTH = 14_336
 REMEDY = "give more ordinary text (--neutral-text)"
-
-
-def search_of(plan: EditorPlan) -> Search:
-    """Say how target vectors are looked for, by the settings of MEMIT and what builds on it."""
-    settings = plan.settings
-    return Search(
-        at="block",
-        num_passes=settings["passes"],
-        lr=plan.lr,
-        decay=settings["decay"],
-        clamp=settings["clamp"],
-        in_bfloat16=plan.in_bfloat16,
-    )
 
 
 def make_insert(model: PreTrainedModel, plan: EditorPlan, sites: list[Site]) -> Insert:
     """Make what inserts a batch of edits, for MEMIT and what builds on it."""
-    search = search_of(plan)
+    search = search_of(plan, "block")
     moments = moments_of(model, plan, sites)
     lowers = {
-        name: factor(plan.settings["lambda"] * one, f"the second moment of keys at {name}", REMEDY)
+        name: factor(
+            plan.settings["lambda"] * len(one) / _PUBLISHED_WIDTH * one,
+            f"the second moment of keys at {name}",
+            REMEDY,
+        )
         for name, one in moments.items()
     }
 
@@ -61,6 +54,6 @@ METHOD = Editor(
     name="memit",
     title="batches of edits spread over layers",
     open=_open,
-    lr=0.1,
+    lr=0.2,
     settings={**SETTINGS, "lambda": 15_000.0},
 )

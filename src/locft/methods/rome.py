@@ -25,7 +25,7 @@ from locft.methods.memory.forms import rome_update
 from locft.methods.memory.requests import Request
 from locft.methods.memory.site import Site, Splits
 from locft.methods.memory.solve import factor
-from locft.methods.memory.targets import Search, find_targets
+from locft.methods.memory.targets import find_targets, search_of
 
 # Llama-3-8B, as EasyEdit has it; GPT-J has 5 of 28.
 PUBLISHED_LAYER = ((5, 32), (5, 32))
@@ -36,14 +36,7 @@ REMEDY = "give more ordinary text (--neutral-text), or covariance=false"
 def make_insert(model: PreTrainedModel, plan: EditorPlan, site: Site) -> Insert:
     """Make what inserts edits one by one, for ROME and what builds on it."""
     settings = plan.settings
-    search = Search(
-        at="mlp",
-        num_passes=settings["passes"],
-        lr=plan.lr,
-        decay=settings["decay"],
-        clamp=settings["clamp"],
-        in_bfloat16=plan.in_bfloat16,
-    )
+    search = search_of(plan, "mlp")
     splits = Splits(model)
     lower = None
     if settings["covariance"]:
@@ -72,10 +65,11 @@ METHOD = Editor(
     name="rome",
     title="a rank-one change of one layer for each edit",
     open=_open,
-    lr=0.5,
+    lr=0.2,
     settings={
         "layer": "auto",
         "passes": 20,
+        "step": "relative",
         "decay": 0.5,
         "clamp": 4.0,
         "covariance": True,

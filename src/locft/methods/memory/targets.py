@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from locft.errors import TrainingError
+from locft.errors import ConfigError, TrainingError
+from locft.methods.base import EditorPlan
 from locft.methods.memory.requests import Request
 from locft.methods.memory.site import Site, Splits
 from locft.model.attention import Past, States, behind, kept_states
@@ -35,6 +36,7 @@ class Search:
             does (ROME).
         num_passes: The most passes; an edit takes a step after each but the last.
         lr: Adam's learning rate.
+        is_relative: Whether it counts in root mean squares of the state that the vector is added to.
         decay: What the length of the added vector costs, beside that of the state.
         clamp: The longest that the added vector may be, beside the state.
         kl: What a change of "SUBJECT is a" costs.
@@ -46,8 +48,29 @@ class Search:
     lr: float
     decay: float
     clamp: float
+    is_relative: bool = False
     kl: float = 0.0625
     in_bfloat16: bool = False
+
+
+def search_of(plan: EditorPlan, at: Literal["block", "mlp"]) -> Search:
+    """Say how target vectors are looked for, by an editor's settings.
+
+    Raises:
+        ConfigError: `step` is neither ``relative`` nor ``absolute``.
+    """
+    settings = plan.settings
+    if settings["step"] not in ("relative", "absolute"):
+        raise ConfigError(f"step is {settings['step']!r}: expected relative or absolute")
+    return Search(
+        at=at,
+        num_passes=settings["passes"],
+        lr=plan.lr,
+        is_relative=settings["step"] == "relative",
+        decay=settings["decay"],
+        clamp=settings["clamp"],
+        in_bfloat16=plan.in_bfloat16,
+    )
 
 
 def find_targets(
@@ -243,6 +266,9 @@ def _optimise(split: Split, site: Site, requests: Sequence[Request], search: Sea
                 kept = after.detach()
                 first = state["first"].view(num, passes.num_rows, -1)[:, 0]
                 lengths = first.norm(dim=1)
+                rates = torch.full_like(lengths, search.lr)
+                if search.is_relative:
+                    rates *= lengths / first.shape[1] ** 0.5
             divergence = (after.exp() * (after - kept[active])).sum(dim=1)
             penalty = _norm(added) / lengths[active] ** 2
             losses = likelihood + search.kl * divergence + search.decay * penalty
@@ -260,7 +286,7 @@ def _optimise(split: Split, site: Site, requests: Sequence[Request], search: Sea
             if len(going) < len(active):
                 active = [active[place] for place in going]
                 now = passes.of(active)
-            _step(vectors, means, squares, gradient[going], active, number + 1, search.lr)
+            _step(vectors, means, squares, gradient[going], active, number + 1, rates)
             norms = vectors[active].norm(dim=1, keepdim=True)
             most = search.clamp * lengths[active][:, None]
             vectors[active] = torch.where(norms > most, vectors[active] * most / norms, vectors[active])
@@ -280,14 +306,14 @@ def _step(
     gradient: Tensor,
     active: Sequence[int],
     number: int,
-    lr: float,
+    rates: Tensor,
 ) -> None:
     """Take a step of Adam for some of the vectors; each has taken part in all before."""
     means[active] = torch.lerp(gradient, means[active], _BETAS[0])
     squares[active] = torch.lerp(gradient**2, squares[active], _BETAS[1])
     mean = means[active] / (1 - _BETAS[0] ** number)
     square = squares[active] / (1 - _BETAS[1] ** number)
-    vectors[active] -= lr * mean / (square.sqrt() + _EPSILON)
+    vectors[active] -= rates[active][:, None] * mean / (square.sqrt() + _EPSILON)
 
 
 _BETAS = (0.9, 0.999)

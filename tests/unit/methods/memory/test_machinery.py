@@ -23,7 +23,7 @@ from locft.methods.memory.edit import (
 )
 from locft.methods.memory.requests import Request, make_request, refuse_without_subject
 from locft.methods.memory.site import Splits, find_sites, look_up
-from locft.methods.memory.targets import Search, find_targets
+from locft.methods.memory.targets import Search, find_targets, search_of
 from locft.methods.memory.templates import write_prefixes
 from locft.model.neutral import fingerprint
 from locft.model.split import Split
@@ -382,12 +382,12 @@ def test_rome_makes_the_matrix_give_the_target_for_the_bare_key(codec: Codec) ->
     model = FAMILIES["llama"]()
     editor = METHODS["rome"]
     assert isinstance(editor, Editor)
-    with editor.open(model, plan_of(model, codec, "rome", **small("rome"))) as editing:
+    plan = plan_of(model, codec, "rome", **small("rome"))
+    with editor.open(model, plan) as editing:
         [site] = choose_sites(model, [1])
         request = make_request(codec, EDITS[0], tuple(editing.notes["prefixes"]))
         before = look_up(Splits(model), site, [request.bare])
-        search = Search(at="mlp", num_passes=20, lr=0.1, decay=0.5, clamp=50.0)
-        added = find_targets(Splits(model), site, [request], search)
+        added = find_targets(Splits(model), site, [request], search_of(plan, "mlp"))
         editing.insert(EDITS[:1])
         after = look_up(Splits(model), site, [request.bare])
     torch.testing.assert_close(after.values, before.values + added, atol=1e-4, rtol=1e-3)
