@@ -22,7 +22,6 @@ from locft.train.step import Trainable
 _TARGETS = ({"q_proj", "v_proj"}, {"query", "value"})
 _FIRST, _LAST = 3, 20  # epochs between which entries are given up
 _MEMORY = 0.8
-_BOX = 3e-3
 
 
 def kept_share(epoch: int, final: float) -> float:
@@ -98,7 +97,7 @@ def _attach(model: PreTrainedModel, plan: Plan) -> Iterator[Tuning]:
                     pruned = prune_rows(
                         one if is_a else one.T, importance[name] if is_a else importance[name].T, share
                     )
-                    one.copy_((pruned if is_a else pruned.T).clamp(-_BOX, _BOX))
+                    one.copy_((pruned if is_a else pruned.T).clamp(-settings["box"], settings["box"]))
                 before[name].copy_(one)
 
         yield Tuning(trainable=Trainable(parameters=adapters, after_step=prune), layer=0, values=values)
@@ -109,5 +108,5 @@ METHOD = Method(
     title="adapters of queries and values that become sparse",
     attach=_attach,
     lr=5e-4,
-    settings={"rank": 8, "alpha": 32, "kept": 0.05},
+    settings={"rank": 8, "alpha": 32, "kept": 0.05, "box": 3e-3},
 )

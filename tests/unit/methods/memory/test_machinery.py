@@ -224,6 +224,29 @@ def test_target_vectors_of_a_family_that_cannot_be_packed_are_the_same(
     torch.testing.assert_close(found, padded, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("at", ["block", "mlp"])
+def test_a_relative_step_counts_in_root_mean_squares_of_the_edits_own_state(
+    model: PreTrainedModel, codec: Codec, at: Any
+) -> None:
+    [site] = find_sites(model, 1, "mlp.down")
+    search = dataclasses.replace(SEARCH, at=at)
+    relative = dataclasses.replace(search, is_relative=True)
+    requests = requests_of(codec)
+    found = find_targets(Splits(model), site, requests, relative)
+    for number, request in enumerate(requests):
+        seen = look_up(Splits(model), site, [request.bare])
+        state = seen.states if at == "block" else seen.values
+        rate = search.lr * (state**2).mean().sqrt().item()
+        [alone] = find_targets(Splits(model), site, [request], dataclasses.replace(search, lr=rate))
+        torch.testing.assert_close(found[number], alone, atol=1e-3, rtol=1e-3)
+
+
+def test_an_unknown_kind_of_step_is_refused(model: PreTrainedModel, codec: Codec) -> None:
+    plan = plan_of(model, codec, "memit", **{**small("memit"), "step": "large"})
+    with pytest.raises(ConfigError, match="step is 'large': expected relative or absolute"):
+        search_of(plan, "block")
+
+
 def test_products_in_bfloat16_hardly_change_target_vectors(model: PreTrainedModel, codec: Codec) -> None:
     [site] = find_sites(model, 1, "mlp.down")
     exact = find_targets(Splits(model), site, requests_of(codec), SEARCH)
